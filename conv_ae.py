@@ -1,0 +1,170 @@
+"""How does the size of the latent space trade against reconstruction in a convolutional autoencoder?
+
+    python conv_ae.py                          # the study: sizes 2 to 128, beside PCA at the same sizes
+    python conv_ae.py --latents 24 --resume    # one more size, in the same table and figures
+
+The autoencoder of Hinton & Salakhutdinov (2006) with convolutions, trained on the mean squared error.
+"""
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+
+import common
+
+# ----------------------------------------------------------------------------------------------------------------- model
+
+
+def stage(inputs, outputs):
+    # Pooling before normalising and activating gives the same kind of features for a quarter of the work there.
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Encoder(nn.Module):
+    """Images (B, 1, 28, 28) to `features` (B, 1152), the last stage's, and those to the latent vector (B, latent)."""
+
+    def __init__(self, latent):
+        super().__init__()
+        self.stages = nn.Sequential(stage(1, 32), stage(32, 64), stage(64, 128))  # to 14x14, 7x7, 3x3
+        self.project = nn.Linear(1152, latent)
+
+    def features(self, x):
+        return self.stages(x).flatten(1)
+
+    def forward(self, x):
+        return self.project(self.features(x))
+
+
+class Decoder(nn.Sequential):
+    """Latent vectors (B, latent) to images (B, 1, 28, 28) in [0, 1]."""
+
+    def __init__(self, latent):
+        super().__init__(
+            nn.Linear(latent, 256), nn.ReLU(), nn.Linear(256, 64 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (64, 7, 7)),
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.ReLU(),  # to 14x14
+            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1), nn.Sigmoid())  # to 28x28
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, latent):
+        super().__init__()
+        self.encoder = Encoder(latent)
+        self.decoder = Decoder(latent)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+def loss_fn(model, images, labels):
+    """Mean over pixels and images of the squared error, which is minimised, and of the absolute error."""
+    reconstruction = model(images).float()
+    return {"mse": F.mse_loss(reconstruction, images), "l1": F.l1_loss(reconstruction, images)}
+
+
+# -------------------------------------------------------------------------------------------------------------- baseline
+
+
+def pca_errors(train, test, sizes):
+    """Test MSE of PCA at each size: the best linear autoencoder (Baldi & Hornik, 1989). Images are (N, 1, 28, 28).
+
+    The leading eigenvectors of the training images' covariance, in float64; a size above 784 keeps all of them.
+    """
+    train, test = train.flatten(1).cpu().double(), test.flatten(1).cpu().double()
+    mean = train.mean(0)
+    centred = train - mean
+    _, vectors = torch.linalg.eigh(centred.T @ centred / len(train))  # ascending eigenvalues
+    errors = {}
+    for size in sizes:
+        basis = vectors[:, -min(size, vectors.shape[1]):]
+        projected = (test - mean) @ basis @ basis.T + mean
+        errors[size] = F.mse_loss(projected, test).item()
+    return errors
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+
+def plot_errors(summary):
+    figure = Figure(figsize=(7.5, 4.8))
+    axes = figure.subplots()
+    sizes, means = [row["latent"] for row in summary], [row["mse_mean"] for row in summary]
+    axes.plot(sizes, [row["pca_mse"] for row in summary], "s--", color=common.COLORS[8], label="PCA, the best linear autoencoder")
+    n = min(row["n"] for row in summary)
+    axes.errorbar(sizes, means, [row["mse_std"] or 0 for row in summary], fmt="o-", capsize=3, color=common.COLORS[0],
+                  label=f"convolutional autoencoder (mean and std, n {'=' if n == max(row['n'] for row in summary) else '>='} {n})")
+    for row in summary:
+        axes.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), (0, -18), textcoords="offset points", ha="center")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, sizes)
+    low, high = min(means) * 0.7, max(row["pca_mse"] for row in summary) * 1.2
+    ticks = [tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="latent size (numbers per image)", ylabel="test MSE (pixels in [0, 1])", ylim=(low, high))
+    axes.legend(title="×: autoencoder over PCA", alignment="left")
+    axes.grid(alpha=0.3)
+    return common.png(figure)
+
+
+@torch.no_grad()
+def plot_reconstructions(folders, data):
+    """One row per latent size, the originals on top; None where the weights of a size are not there."""
+    images, names = common.one_of_each_class(data.test)
+    rows, labels = [images], ["original"]
+    for latent, folder in sorted(folders.items()):
+        if not (folder / "model.pt").exists():
+            return None
+        model = Autoencoder(latent).to(images.device).eval()
+        common.load_weights(folder / "model.pt", model)
+        rows.append(model(images))
+        labels.append(f"{latent} numbers")
+    return common.image_grid(torch.stack(rows), labels, names)
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+
+def summarize(runs, data):
+    """One row per latent size: the runs' mean, std (null for one run) and n, and PCA's error beside them."""
+    sizes = sorted({run["config"]["latent"] for run in runs})
+    pca = pca_errors(data.train.images, data.test.images, sizes)
+    summary = []
+    for size in sizes:
+        same = [run for run in runs if run["config"]["latent"] == size]
+        row = {"latent": size, "n": len(same), "parameters": same[0]["parameters"]}
+        for metric in ("mse", "l1"):
+            row[f"{metric}_mean"], row[f"{metric}_std"] = common.mean_std(run["test"][metric] for run in same)
+        summary.append({**row, "pca_mse": pca[size], "ratio": row["mse_mean"] / pca[size]})
+    return summary
+
+
+@common.entry
+def main(argv=None):
+    parser = common.make_parser(__doc__, epochs=5, batch_size=128, lr=3e-3, patience=0, val_every=1)
+    latent = common.number(int, 1, 4096)
+    parser.add_argument("--latents", type=latent, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], metavar="SIZE",
+                        action=common.Distinct, help="latent sizes (default: %(default)s)")
+    parser.add_argument("--seeds", type=common.number(int, 1, 1000), default=1, metavar="N",
+                        help="runs of each size, with seeds from --seed on (default: %(default)s)")
+    args = common.parse_args(parser, argv)
+    data = common.load_data(args.data, common.get_device(args.device))
+
+    def train(run_args, folder):
+        model = Autoencoder(run_args.latent).to(data.train.images.device, memory_format=torch.channels_last)
+        common.run(run_args, folder, model, loss_fn, data, lambda model: {"test": common.test_loop(model, loss_fn, data.test)},
+                   bf16=common.has_bf16(data.train.images.device))
+
+    def draw(runs):
+        summary = summarize(runs, data)
+        shown = {run["config"]["latent"]: args.out / "conv_ae" / run["folder"] for run in reversed(runs)}  # the first seed's
+        figures = {"latent_vs_error.png": plot_errors(summary), "reconstructions.png": plot_reconstructions(shown, data)}
+        return summary, {name: content for name, content in figures.items() if content}
+
+    jobs = {f"latent{latent:03d}-seed{seed}": dict(latent=latent, seed=seed)
+            for seed in range(args.seed, args.seed + args.seeds) for latent in args.latents}
+    common.study(args, args.out / "conv_ae", jobs, train, draw)
+
+
+if __name__ == "__main__":
+    main()

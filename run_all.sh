@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything, from a fresh machine: the environment, the data, the scripts. Arguments go to every script:
+#   bash run_all.sh --epochs 1    # a quick look
+set -euo pipefail
+cd "$(dirname "$0")"
+
+has_packages() { "$1" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "torchvision", "matplotlib", "pytest"))))' 2>/dev/null; }
+
+# The environment: an active one that has the packages, else .venv.
+python=python
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || ! has_packages python; then
+  python=.venv/bin/python
+  if ! has_packages "$python"; then
+    echo "installing requirements.txt into .venv (several GB, once)"
+    [ -x "$python" ] || python3 -m venv .venv
+    "$python" -m pip install --quiet -r requirements.txt
+  fi
+fi
+
+# The data: what --data names, else the Debian package, else torchvision's download.
+data=data
+for ((i = 1; i <= $#; i++)); do
+  case "${!i}" in
+    --data) j=$((i + 1)); data=${!j:-} ;;
+    --data=*) data=${!i#--data=} ;;
+  esac
+done
+status=0
+"$python" - "$data" <<'PROBE' || status=$?
+import pathlib, sys, torch, common
+data = pathlib.Path(sys.argv[1])
+try:
+    common.load_data(data, torch.device("cpu"))
+except common.RunError as error:
+    missing = any(common.find_file(name, data) is None for name in common.FILES)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(3 if missing else 1)
+PROBE
+if [ "$status" -eq 3 ]; then
+  sudo=()
+  [ "$(id -u)" -eq 0 ] || sudo=(sudo -n)
+  if command -v apt-get >/dev/null && "${sudo[@]}" true 2>/dev/null; then
+    echo "no source of the data answers: installing the Debian package dataset-fashion-mnist"
+    "${sudo[@]}" apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || {
+      "${sudo[@]}" apt-get update -qq
+      "${sudo[@]}" apt-get install -y -qq dataset-fashion-mnist >/dev/null
+    }
+  else
+    echo "error: put the four files of Fashion-MNIST (train-images-idx3-ubyte.gz, ...) into $data/FashionMNIST/raw" >&2
+    exit 1
+  fi
+elif [ "$status" -ne 0 ]; then
+  exit "$status"
+fi
+
+for script in vae.py conv_ae.py classifier.py; do
+  [ -f "$script" ] || continue
+  echo "=== $script"
+  "$python" "$script" "$@"
+done

@@ -1,0 +1,240 @@
+"""Fast, offline tests through the scripts' own `main`, on a small dataset that they write themselves."""
+import gzip
+import hashlib
+import json
+import math
+import struct
+
+import pytest
+import torch
+
+import common
+import vae
+
+TRAIN, TEST = 240, 60  # images; 5/6 of TRAIN are trained on
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A dataset in Fashion-MNIST's format, each class a bright bar of its own; its hashes take the genuine ones' place."""
+    folder = tmp_path / "data"
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    files = {}
+    for prefix, count in (("train", TRAIN), ("t10k", TEST)):
+        labels = torch.arange(count) % 10
+        images = torch.randint(0, 40, (count, 28, 28), generator=generator)
+        for image, label in zip(images, labels):
+            image[2 * label + 4: 2 * label + 6, 6:22] = 255
+        files[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4i", 2051, count, 28, 28) + bytes(images.flatten().tolist())
+        files[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, count) + bytes(labels.tolist())
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    monkeypatch.setattr(common, "FILES", {name: (len(c), hashlib.sha256(c).hexdigest()) for name, c in files.items()})
+    monkeypatch.setattr(common, "DEBIAN", tmp_path / "nowhere")
+    return folder
+
+
+@pytest.fixture
+def flags(data, tmp_path):
+    """Flags of a short run on the CPU."""
+    return ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu", "--epochs", "3", "--batch-size", "50"]
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def fails(main, flags, capsys, code):
+    """The one line that a run which ends with that exit code prints."""
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert (1 if isinstance(stopped.value.code, str) else stopped.value.code) == code
+    assert len(message.splitlines()) == 1 and "Traceback" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+def test_split_is_disjoint_complete_and_fixed(data):
+    torch.manual_seed(1)
+    first = common.load_data(data, torch.device("cpu"))
+    torch.manual_seed(2)
+    second = common.load_data(data, torch.device("cpu"))
+    assert torch.equal(first.train.images, second.train.images) and torch.equal(first.val.labels, second.val.labels)
+    assert (len(first.train.images), len(first.val.images), len(first.test.images)) == (TRAIN * 5 // 6, TRAIN // 6, TEST)
+    content = (data / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").read_bytes()[16:]
+    given = sorted(content[i:i + 784] for i in range(0, len(content), 784))
+    split = torch.cat([first.train.images, first.val.images])
+    assert sorted(bytes(image.mul(255).round().byte().flatten().tolist()) for image in split) == given
+    assert len(set(given)) == TRAIN  # so that equal lists mean disjoint parts
+    assert 0 <= split.min() and split.max() == 1
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def half_gzip(path):
+    whole = gzip.compress(path.read_bytes())
+    path.with_name(f"{path.name}.gz").write_bytes(whole[:len(whole) // 2])
+    path.unlink()
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "bit flipped": flip_bit,
+    "empty": lambda path: path.write_bytes(b""),
+    "labels for images": lambda path: path.write_bytes(path.with_name("train-labels-idx1-ubyte").read_bytes()),
+    "half a .gz": half_gzip,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_data_is_refused_by_name(damage, data, flags, capsys):
+    damage(data / "FashionMNIST" / "raw" / "train-images-idx3-ubyte")
+    assert "train-images-idx3-ubyte" in fails(vae.main, flags, capsys, 1)
+
+
+def test_missing_data_names_the_file_and_three_ways(data, flags, capsys, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.__init__", no_network)
+    (data / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    message = fails(vae.main, flags, capsys, 1)
+    for part in ("t10k-labels-idx1-ubyte", "FashionMNIST/raw", "dataset-fashion-mnist", "download"):
+        assert part in message
+
+
+def test_gzipped_data_is_read(data, flags, tmp_path):
+    for path in list((data / "FashionMNIST" / "raw").iterdir()):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert len(common.load_data(data, torch.device("cpu")).test.labels) == TEST
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+class Weights(torch.nn.Linear):
+    def __init__(self, value):
+        super().__init__(1, 1)
+        torch.nn.init.constant_(self.weight, value)
+
+
+@pytest.mark.parametrize("losses, stops_at, best", [
+    ([1.0, 0.5, 0.5, 0.5, 0.5, 0.4], 5, 2),  # epochs 3, 4, 5 bring nothing
+    ([1.0, 0.5, 0.495, 0.49, 0.485, 0.4], 5, 5),  # falls, but by less than min_delta; the weights kept are the lowest's
+    ([1.0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4], 8, 5),  # the last check in time restarts the count
+    ([1.0, 0.9, 0.8, 0.7, 0.6], None, 5),
+])
+def test_early_stopping_stops_in_time_and_keeps_the_best(losses, stops_at, best):
+    stopping = common.EarlyStopping(patience=3, min_delta=0.05)
+    stopped = next((epoch for epoch, loss in enumerate(losses, 1) if stopping.step(epoch, loss, Weights(epoch))), None)
+    assert stopped == stops_at
+    assert stopping.best_epoch == best and stopping.best_weights["weight"].item() == best
+
+
+def test_patience_zero_never_stops():
+    stopping = common.EarlyStopping(patience=0, min_delta=0.0)
+    assert not any(stopping.step(epoch, 1.0, Weights(0)) for epoch in range(1, 1000))
+
+
+def test_early_stopping_through_main(flags, tmp_path):
+    vae.main(flags + ["--epochs", "60", "--patience", "10", "--min-delta", "1000"])  # nothing counts after the first check
+    result = metrics(tmp_path / "out" / "vae")
+    assert result["epochs_run"] == 15
+    checks = {row["epoch"]: row["loss"] for row in result["validation"]}
+    assert list(checks) == [5, 10, 15] and result["best_epoch"] == min(checks, key=checks.get)
+
+
+# ------------------------------------------------------------------------------------------------------------------- VAE
+
+
+def test_kl_is_that_of_torch_distributions():
+    mu, logvar = torch.randn(7, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0.0, 1.0)).sum(1)
+    assert torch.allclose(vae.kl_divergence(mu, logvar), expected)
+
+
+def test_vae_loss_is_the_recipe(monkeypatch):
+    model, images = vae.VAE(), torch.rand(5, 1, 28, 28)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # z = mu
+    entries = vae.make_loss(0.25)(model, images, None)
+    mu, logvar = model.encode(images)
+    recon = (model.decode(mu) - images).abs().sum() / (5 * 784)
+    kl = -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / 5
+    assert torch.allclose(entries["recon"], recon) and torch.allclose(entries["kl"], kl)
+    assert torch.allclose(entries["loss"], recon + 0.25 * kl)
+
+
+def test_logvar_guard_acts_only_on_the_unusual():
+    model = vae.VAE()
+    images = torch.rand(100, 1, 28, 28)
+    assert torch.equal(model.encode(images)[1], model.logvar(model.encoder(images)))
+    with torch.no_grad():
+        model.logvar.bias += torch.tensor([1e6, -1e6]).repeat(4)
+    _, logvar = model.encode(images)
+    assert vae.kl_divergence(torch.zeros_like(logvar), logvar).max() < 100
+
+
+def test_sampled_latents_have_the_moments_of_the_posterior():
+    torch.manual_seed(0)
+    mu, logvar = torch.full((200000, 1), 3.0), torch.full((200000, 1), math.log(0.25))
+    z = vae.VAE().reparameterize(mu, logvar)
+    assert abs(z.mean() - 3.0) < 0.01 and abs(z.std() - 0.5) < 0.01
+
+
+def test_knn_accuracy_by_hand():
+    index, labels = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]]), torch.tensor([1, 1, 2, 3, 3])
+    queries, truth = torch.tensor([[0.05], [5.05], [0.3]]), torch.tensor([1, 3, 2])
+    assert vae.knn_accuracy(index, labels, queries, truth, k=3) == pytest.approx(1 / 3 * 1 + 1 / 3)
+
+
+def test_vae_end_to_end(data, flags, tmp_path, capsys):
+    vae.main(flags)
+    folder = tmp_path / "out" / "vae"
+    figures = {"losses.png", "reconstructions.png", "samples.png", "latent_pairs.png", "interpolations.png"}
+    assert {path.name for path in folder.iterdir()} == figures | {"losses.csv", "metrics.json", "model.pt"}
+    assert all((folder / name).read_bytes().startswith(PNG) for name in figures)
+    result = metrics(folder)
+    assert {"config", "environment", "parameters", "epochs_run", "best_epoch", "train_seconds", "test",
+            "latent_knn_accuracy", "kl_max"} <= result.keys()
+    assert {"python", "torch", "torchvision", "device", "threads"} <= result["environment"].keys()
+    assert result["config"]["alpha"] == 1e-3 and result["parameters"] == 219808
+    assert result["test"]["loss"] == pytest.approx(result["test"]["recon"] + 1e-3 * result["test"]["kl"], rel=1e-5)
+    lines = (folder / "losses.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,val_loss" and [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
+    assert lines[1].endswith(",") and not lines[3].endswith(",")  # validated every 5 epochs and in the last
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    assert saved["config"] == result["config"]
+    model = vae.VAE()
+    model.load_state_dict(saved["model"])
+    split = common.load_data(data, torch.device("cpu")).test
+    assert common.test_loop(model, vae.make_loss(1e-3), split) == pytest.approx(result["test"])
+    assert f"{result['test']['loss']:.5f}" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(flags, tmp_path):
+    written = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        vae.main(flags + ["--out", str(tmp_path / name), "--seed", str(seed)])
+        folder = tmp_path / name / "vae"
+        written.append(((folder / "losses.csv").read_bytes(), torch.load(folder / "model.pt", weights_only=True)["model"]))
+    (losses_a, a), (losses_b, b), (losses_c, c) = written
+    assert losses_a == losses_b and all(torch.equal(a[name], b[name]) for name in a)
+    assert losses_a != losses_c and not torch.equal(a["mu.weight"], c["mu.weight"])

@@ -1,0 +1,172 @@
+"""What does an 8-number latent code of a fully connected VAE look like, and how well does it reconstruct?
+
+    python vae.py --epochs 200
+
+The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114) on Fashion-MNIST, with an L1 reconstruction loss.
+"""
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+
+import common
+
+LATENT = 8
+PAIRS = [(0, 9), (1, 3), (2, 4), (5, 7), (6, 8), (9, 5)]  # classes to interpolate between: (T-shirt, Ankle boot), ...
+
+# ----------------------------------------------------------------------------------------------------------------- model
+
+
+class VAE(nn.Module):
+    """Images (B, 1, 28, 28) in [0, 1] to a Gaussian over LATENT numbers, and numbers back to images."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 128), nn.LeakyReLU(), nn.Linear(128, 64), nn.LeakyReLU())
+        self.mu = nn.Linear(64, LATENT)
+        self.logvar = nn.Linear(64, LATENT)
+        self.decoder = nn.Sequential(
+            nn.Linear(LATENT, 64), nn.LeakyReLU(), nn.Linear(64, 128), nn.LeakyReLU(),
+            nn.Linear(128, 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
+
+    def encode(self, x):
+        """mu and logvar, each (B, LATENT).
+
+        logvar is held within [-20, 1]. A posterior wider than the prior (logvar above 0) costs KL and buys nothing, so
+        ordinary images stay below the bound; without it exp(logvar) of one unusual image can dwarf the whole loss.
+        """
+        h = self.encoder(x)
+        return self.mu(h), self.logvar(h).clamp(-20, 1)
+
+    def reparameterize(self, mu, logvar):
+        """A sample of N(mu, sigma^2) that gradients pass through (section 2.4 of the paper)."""
+        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+    def decode(self, z):
+        """Latent numbers (B, LATENT) to images (B, 1, 28, 28)."""
+        return self.decoder(z)
+
+    def forward(self, x):
+        mu, logvar = self.encode(x)
+        return self.decode(self.reparameterize(mu, logvar)), mu, logvar
+
+
+# ------------------------------------------------------------------------------------------------------------------ loss
+
+
+def kl_divergence(mu, logvar):
+    """KL(N(mu, sigma^2) || N(0, 1)) in nats, summed over the latent dimensions: (B,). Appendix B of the paper."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+def make_loss(alpha):
+    """L = L1 averaged over pixels and images + alpha * KL averaged over images."""
+
+    def loss_fn(model, images, labels):
+        reconstruction, mu, logvar = model(images)
+        recon = F.l1_loss(reconstruction, images)
+        kl = kl_divergence(mu, logvar).mean()
+        return {"loss": recon + alpha * kl, "recon": recon, "kl": kl}
+
+    return loss_fn
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+@torch.no_grad()
+def knn_accuracy(index, index_labels, queries, query_labels, k=10):
+    """Share of `queries` (Q, D) whose label is the commonest among their k nearest, Euclidean, of `index` (N, D)."""
+    hits = 0
+    for points, labels in zip(queries.split(1000), query_labels.split(1000)):
+        nearest = torch.cdist(points, index).topk(min(k, len(index)), largest=False).indices
+        hits += (index_labels[nearest].mode(1).values == labels).sum().item()
+    return hits / len(queries)
+
+
+@torch.no_grad()
+def evaluate(model, loss_fn, data):
+    mu, logvar = model.encode(data.test.images)
+    return {"test": common.test_loop(model, loss_fn, data.test),
+            "kl_max": kl_divergence(mu, logvar).max().item(),
+            "latent_knn_accuracy": knn_accuracy(model.encode(data.train.images)[0], data.train.labels, mu, data.test.labels)}
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+
+def plot_latent_pairs(mu, labels):
+    """The test set's mu (N, LATENT), all pairs of dimensions, coloured by class."""
+    figure = Figure(figsize=(10, 10.6))
+    grid = figure.subplots(LATENT - 1, LATENT - 1, sharex="col", sharey="row")
+    shuffled = torch.randperm(len(mu), generator=torch.Generator().manual_seed(0))[:3000]  # so that no class hides another
+    points, colors = mu[shuffled].numpy(), [common.COLORS[label] for label in labels[shuffled].tolist()]
+    limit = mu.abs().quantile(0.999).item()
+    for row in range(LATENT - 1):
+        for column in range(LATENT - 1):
+            axes = grid[row, column]
+            if column > row:
+                axes.remove()
+                continue
+            axes.scatter(points[:, column], points[:, row + 1], s=1, c=colors, rasterized=True)
+            axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
+            if row == LATENT - 2:
+                axes.set_xlabel(f"$\\mu_{column + 1}$")
+            if column == 0:
+                axes.set_ylabel(f"$\\mu_{row + 2}$")
+    handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0] for color, name in zip(common.COLORS, common.CLASSES)]
+    figure.legend(handles=handles, loc="upper right", fontsize=14, title="class", bbox_to_anchor=(0.98, 0.98))
+    return common.png(figure)
+
+
+def plot_interpolations(model, mu, labels):
+    """Decoded steps on the line between two classes' prototypes.
+
+    A prototype is the mean of mu over a class's training images (as in Snell et al., 2017); both ends are decoded ones.
+    """
+    present = labels.unique().tolist()
+    prototypes = {c: mu[labels == c].mean(0) for c in present}
+    pairs = [(a, b) for a, b in PAIRS if a in prototypes and b in prototypes]
+    steps = torch.linspace(0, 1, 9, device=mu.device)[:, None]
+    rows = [model.decode(torch.lerp(prototypes[a], prototypes[b], steps)) for a, b in pairs]
+    names = [f"{common.CLASSES[a]} to\n{common.CLASSES[b]}" for a, b in pairs]
+    return common.image_grid(torch.stack(rows), names)
+
+
+@torch.no_grad()
+def draw(model, history, data):
+    """The five figures, {name: PNG bytes}."""
+    originals, names = common.one_of_each_class(data.test)
+    mu, _ = model.encode(data.test.images)
+    train_mu, _ = model.encode(data.train.images)
+    noise = torch.randn(50, LATENT, generator=torch.Generator().manual_seed(0)).to(mu.device)
+    return {
+        "losses.png": common.plot_losses(history, "loss"),
+        "reconstructions.png": common.image_grid(
+            torch.stack([originals, model.decode(model.encode(originals)[0])]), ["original", "reconstruction"], names),
+        "latent_pairs.png": plot_latent_pairs(mu.cpu(), data.test.labels.cpu()),
+        "interpolations.png": plot_interpolations(model, train_mu, data.train.labels),
+        "samples.png": common.image_grid(model.decode(noise).view(5, 10, 1, 28, 28)),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+
+@common.entry
+def main(argv=None):
+    parser = common.make_parser(__doc__, epochs=200, batch_size=128, lr=4e-3, patience=25, val_every=5)
+    parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3, help="weight of the KL (default: %(default)s)")
+    args = common.parse_args(parser, argv)
+    data = common.load_data(args.data, common.get_device(args.device))
+    torch.manual_seed(args.seed)
+    model = VAE().to(data.train.images.device)
+    loss_fn = make_loss(args.alpha)
+    common.run(args, args.out / "vae", model, loss_fn, data,
+               evaluate=lambda model: evaluate(model, loss_fn, data),
+               draw=lambda model, history: draw(model, history, data))
+
+
+if __name__ == "__main__":
+    main()
