@@ -205,7 +205,7 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=weight_decay, fused=True)
     average = copy.deepcopy(model)
-    pair = [[t for t in m.state_dict().values() if t.is_floating_point()] for m in (average, model)]
+    pair = [[p.detach() for p in m.parameters()] for m in (average, model)]
     stopping, history, seconds, first, saved, save_seconds = EarlyStopping(args.patience, args.min_delta), [], 0.0, 1, 0, 0
     if args.resume and checkpoint.exists():
         state = load_file(checkpoint)
@@ -237,6 +237,8 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
             optimizer.step()
             decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first: the initial weights are worth nothing
             torch._foreach_lerp_(*pair, 1 - decay)
+            for mean, value in zip(average.buffers(), model.buffers()):  # batch norm's statistics are averages already
+                mean.copy_(value)
             total += loss.detach() * len(batch)
         row = {"epoch": epoch, "train_loss": total.item() / count}
         if epoch % args.val_every == 0 or epoch == args.epochs:
@@ -435,6 +437,7 @@ def study(args, folder, jobs, train, draw):
     for name, own in jobs.items():
         print(f"--- {name}", flush=True)
         flags = {**vars(args), **{key: own[key] for key in own if key not in NOT_SETTINGS}}
+        torch.manual_seed(flags["seed"])  # before the model, so that a run is the same in any study or alone
         train(argparse.Namespace(**{key: flags[key] for key in flags if key not in OF_STUDY}), folder / name)
     shared = {name: config[name] for name in config if name not in (*NOT_SETTINGS, *OF_ONE_RUN, *OF_STUDY)}
     runs = []

@@ -8,7 +8,9 @@ import struct
 import pytest
 import torch
 
+import classifier
 import common
+import conv_ae
 import vae
 
 TRAIN, TEST = 240, 60  # images; 5/6 of TRAIN are trained on
@@ -22,7 +24,7 @@ def one_thread():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A dataset in Fashion-MNIST's format, each class a bright bar of its own; its hashes take the genuine ones' place."""
+    """A dataset in Fashion-MNIST's format, each class a bright block of its own height; its hashes take the genuine ones' place."""
     folder = tmp_path / "data"
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -32,7 +34,7 @@ def data(tmp_path, monkeypatch):
         labels = torch.arange(count) % 10
         images = torch.randint(0, 40, (count, 28, 28), generator=generator)
         for image, label in zip(images, labels):
-            image[2 * label + 4: 2 * label + 6, 6:22] = 255
+            image[4:6 + 2 * label, 6:22] = 255
         files[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4i", 2051, count, 28, 28) + bytes(images.flatten().tolist())
         files[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, count) + bytes(labels.tolist())
     for name, content in files.items():
@@ -238,3 +240,111 @@ def test_same_seed_same_bytes_other_seed_other_bytes(flags, tmp_path):
     (losses_a, a), (losses_b, b), (losses_c, c) = written
     assert losses_a == losses_b and all(torch.equal(a[name], b[name]) for name in a)
     assert losses_a != losses_c and not torch.equal(a["mu.weight"], c["mu.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------------- autoencoder
+
+
+@pytest.mark.parametrize("latent", [1, 2, 32, 128])
+def test_autoencoder_shapes(latent):
+    images = torch.rand(3, 1, 28, 28)
+    model = conv_ae.Autoencoder(latent)
+    assert model.encoder(images).shape == (3, latent) and model(images).shape == images.shape
+
+
+def test_pca_is_that_of_a_direct_svd():
+    train, test = torch.rand(200, 1, 28, 28), torch.rand(50, 1, 28, 28)
+    flat, mean = train.flatten(1).double(), train.flatten(1).double().mean(0)
+    basis = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:5]
+    centred = test.flatten(1).double() - mean
+    expected = (centred - centred @ basis.T @ basis).square().mean().item()
+    assert conv_ae.pca_errors(train, test, [5])[5] == pytest.approx(expected)
+
+
+def test_conv_ae_study_end_to_end_and_continued(flags, tmp_path, capsys):
+    study = tmp_path / "out" / "conv_ae"
+    conv_ae.main(flags + ["--latents", "3", "32", "--seeds", "2"])
+    names = {"metrics.json", "latent_vs_error.png", "reconstructions.png"}
+    runs = {f"latent{latent:03d}-seed{seed}" for latent in (3, 32) for seed in (0, 1)}
+    assert {path.name for path in study.iterdir()} == names | runs
+    assert all({path.name for path in (study / run).iterdir()} == {"losses.csv", "metrics.json", "model.pt"} for run in runs)
+    assert metrics(study / "latent003-seed1")["test"].keys() == {"mse", "l1"}
+    before, stamp = metrics(study), (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns
+    assert [(row["latent"], row["n"]) for row in before["summary"]] == [(3, 2), (32, 2)]
+    conv_ae.main(flags + ["--latents", "3", "32", "--seeds", "2", "--resume"])
+    assert metrics(study)["summary"] == before["summary"]
+    conv_ae.main(flags + ["--latents", "5", "--resume"])  # one more size costs one run
+    assert [row["latent"] for row in metrics(study)["summary"]] == [3, 5, 32]
+    assert (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns == stamp
+    conv_ae.main(flags + ["--eval"])
+    assert capsys.readouterr().out.count("confirmed") == 5
+    encoder = conv_ae.Encoder(32)
+    weights = torch.load(study / "latent032-seed0" / "model.pt", weights_only=True)["model"]
+    encoder.load_state_dict({name.removeprefix("encoder."): w for name, w in weights.items() if name.startswith("encoder.")})
+    assert "--epochs" in fails(conv_ae.main, flags + ["--latents", "3", "--epochs", "4", "--resume"], capsys, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ classifier
+
+
+@pytest.fixture
+def encoder(flags, tmp_path):
+    conv_ae.main(flags + ["--latents", "32"])
+    return tmp_path / "out" / "conv_ae" / "latent032-seed0" / "model.pt"
+
+
+def test_label_subsets_are_balanced_and_nested():
+    labels = torch.arange(500) % 10
+    subsets = [classifier.label_subset(labels, count, seed=3).tolist() for count in (20, 105, 300)]
+    for subset, count in zip(subsets, (20, 105, 300)):
+        shares = torch.bincount(labels[subset], minlength=10)
+        assert len(set(subset)) == count and shares.max() - shares.min() <= 1
+    assert set(subsets[0]) < set(subsets[1]) < set(subsets[2])
+    assert subsets[0] != classifier.label_subset(labels, 20, seed=4).tolist()
+
+
+def test_augmentation_shifts_and_flips_whole_images():
+    images = torch.zeros(64, 1, 28, 28)
+    images[:, :, 10, 8] = 1
+    rows, columns = classifier.augment(images).nonzero()[:, 2:].T
+    assert len(rows) == 64 and rows.min() >= 8 and rows.max() <= 12
+    assert all(min(abs(column - 8), abs(column - 19)) <= 2 for column in columns.tolist()) and columns.unique().numel() > 5
+
+
+def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
+    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "30"])
+    study = tmp_path / "out" / "classifier"
+    figures = {"learning_curves.png", "label_efficiency.png", "confusion_matrix.png"}
+    runs = {f"{strategy}-labels{labels}-seed0" for strategy in ("scratch", "frozen", "finetune") for labels in (50, 200)}
+    assert {path.name for path in study.iterdir()} == figures | runs | {"metrics.json"}
+    assert all({path.name for path in (study / run).iterdir()} == {"losses.csv", "metrics.json", "model.pt"} for run in runs)
+    result = metrics(study)
+    assert result["summary"][-1].keys() >= {"strategy", "labels", "n", "test_accuracy_mean", "test_accuracy_std",
+                                            "val_accuracy_first_epoch_mean", "epochs_to_088_mean"}
+    assert metrics(study / "scratch-labels200-seed0")["test"]["accuracy"] > 0.95  # the blocks are easy to tell apart
+
+    start = torch.load(encoder, weights_only=True)["model"]
+    frozen, finetuned = (torch.load(study / f"{strategy}-labels200-seed0" / "model.pt", weights_only=True)["model"]
+                         for strategy in ("frozen", "finetune"))
+    names = [name for name in start if name.startswith("encoder.")]
+    assert all(torch.equal(frozen[name], start[name]) for name in names)  # buffers of the batch norm included
+    assert not all(torch.equal(finetuned[name], start[name]) for name in names)
+    classifier.main(flags + ["--eval"])
+    assert capsys.readouterr().out.count("confirmed") == 6
+
+
+def test_strategies_start_where_they_should(encoder):
+    weights, _ = classifier.load_encoder(encoder, 32)
+    torch.manual_seed(0)
+    models = {strategy: classifier.make_classifier(strategy, 32, weights) for strategy in ("scratch", "frozen", "finetune")}
+    for strategy, model in models.items():
+        loaded = all(torch.equal(tensor, weights[name]) for name, tensor in model.encoder.state_dict().items())
+        assert loaded == (strategy != "scratch")
+        assert all(p.requires_grad == (strategy != "frozen") for p in model.encoder.parameters())
+        assert all(p.requires_grad for p in model.head.parameters())
+
+
+def test_no_encoder_and_one_of_another_size(flags, encoder, tmp_path, capsys):
+    missing = fails(classifier.main, flags + ["--labels", "50", "--encoder", str(tmp_path / "none.pt")], capsys, 1)
+    other = fails(classifier.main, flags + ["--labels", "50", "--latent", "8", "--encoder", str(encoder)], capsys, 1)
+    assert "python conv_ae.py --latents 32" in missing and "python conv_ae.py --latents 8" in other
