@@ -172,7 +172,7 @@ def main(argv=None):
                draw=lambda model, history: draw(model, history, data),
                # Pixels that are nearly always black train their weights rarely, in steps that Adam makes large; without
                # decay, an unusual image's mu and KL explode (to 900,000 nats on one of validation's).
-               weight_decay=0.05)
+               weight_decay=0.01)
 
 
 if __name__ == "__main__":
