@@ -320,7 +320,7 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise
+        raise RunError(f"no {path}: run without --eval first") from None
     except Exception as error:  # torch raises half a dozen types here, for a damaged file and for a pickle with code
         raise RunError(f"{path} is not a file of weights ({str(error).splitlines()[0][:100]}): delete it and run again") from None
 
@@ -381,9 +381,7 @@ def environment(device):
 def compare(recorded, measured, where):
     """RunError where a number of `measured` is not `recorded`'s within 1e-4, relative."""
     for name, value in measured.items():
-        if isinstance(value, dict):
-            compare(recorded.get(name, {}), value, where)
-        elif isinstance(value, float) and not math.isclose(value, recorded.get(name, math.nan), rel_tol=1e-4):
+        if not math.isclose(value, recorded.get(name, math.nan), rel_tol=1e-4):
             raise RunError(f"{where}: {name} is {value:.6g} now, {recorded.get(name)} in metrics.json")
 
 
@@ -395,16 +393,18 @@ def run(args, folder, model, loss_fn, data, evaluate, draw=None, **training):
     is only read; with --eval the weights are tested anew, and RunError says which number differs from metrics.json.
     """
     checkpoint = folder / "checkpoint.pt"
-    draw = draw or (lambda model, history: {})
     with locked(folder):
         if args.eval or args.resume and not checkpoint.exists() and (folder / "metrics.json").exists():
             metrics = read_json(folder / "metrics.json")
-            if args.resume:
-                check_settings(metrics["config"], args, folder)
-            load_weights(folder / "model.pt", model)
             if args.eval:
-                compare(metrics, evaluate(model), folder)
-            write_files(folder, draw(model, read_losses(folder / "losses.csv")))
+                vars(args).update({name: metrics["config"][name] for name in settings(args)})
+                load_weights(folder / "model.pt", model)
+                compare(metrics["test"], evaluate(model)["test"], folder)
+            else:
+                check_settings(metrics["config"], args, folder)
+            if draw:
+                load_weights(folder / "model.pt", model)
+                write_files(folder, draw(model, read_losses(folder / "losses.csv")))
             print(f"{folder}: " + ("confirmed, " if args.eval else "complete, ") + describe(metrics["test"]), flush=True)
             return metrics
         outcome, history = train_loop(model, loss_fn, data, args, checkpoint, **training)
@@ -413,7 +413,7 @@ def run(args, folder, model, loss_fn, data, evaluate, draw=None, **training):
                    "parameters": sum(p.numel() for p in model.parameters()), **outcome, **evaluate(model),
                    "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row]}
         losses = "".join(f"{row['epoch']},{row['train_loss']:.7f},{row.get('val_loss', '')}\n" for row in history)
-        write_files(folder, {**draw(model, history), "losses.csv": f"epoch,train_loss,val_loss\n{losses}".encode(),
+        write_files(folder, {**(draw(model, history) if draw else {}), "losses.csv": f"epoch,train_loss,val_loss\n{losses}".encode(),
                              "model.pt": torch_bytes({"config": config, "model": model.state_dict()}),
                              "metrics.json": json_bytes(metrics)})
         checkpoint.unlink(missing_ok=True)
@@ -588,20 +588,4 @@ def image_grid(rows, row_labels=None, column_labels=None, scale=0.75):
     axes.set_yticks([30 * i + 14.5 for i in range(count)], row_labels or [""] * count)
     axes.set_xticks([30 * i + 14.5 for i in range(columns)], column_labels or [""] * columns)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    return png(figure)
-
-
-def plot_losses(history, ylabel):
-    """Training loss every epoch, validation loss where it was evaluated, the best epoch marked."""
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    checks = [(row["epoch"], row["val_loss"]) for row in history if "val_loss" in row]
-    best = min(checks, key=lambda check: check[1])
-    axes.plot([row["epoch"] for row in history], [row["train_loss"] for row in history], label="training")
-    axes.plot(*zip(*checks), "o-", markersize=3, color=COLORS[2], label="validation")
-    axes.plot(*best, "*", markersize=14, color="black", label=f"best: {best[1]:.4f}, epoch {best[0]}")
-    losses = [row["train_loss"] for row in history] + [loss for _, loss in checks]
-    start = sorted(losses)[-1 - len(losses) // 20]  # the first epochs' fall would flatten all that follows
-    axes.set(xlabel="epoch", ylabel=ylabel, ylim=(min(losses) - 0.05 * (start - min(losses)), start))
-    axes.legend()
     return png(figure)

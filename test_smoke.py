@@ -18,8 +18,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def fixed():
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_kl_is_that_of_torch_distributions():
 def test_vae_loss_is_the_recipe(monkeypatch):
     model, images = vae.VAE(), torch.rand(5, 1, 28, 28)
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # z = mu
-    entries = vae.make_loss(0.25)(model, images, None)
+    entries = vae.loss_function(model, images, alpha=0.25)
     mu, logvar = model.encode(images)
     recon = (model.decode(mu) - images).abs().sum() / (5 * 784)
     kl = -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / 5
@@ -186,7 +187,7 @@ def test_vae_loss_is_the_recipe(monkeypatch):
 
 def test_logvar_guard_acts_only_on_the_unusual():
     model = vae.VAE()
-    images = torch.rand(100, 1, 28, 28)
+    images = torch.rand(100, 1, 28, 28) / 2
     assert torch.equal(model.encode(images)[1], model.logvar(model.encoder(images)))
     with torch.no_grad():
         model.logvar.bias += torch.tensor([1e6, -1e6]).repeat(4)
@@ -227,8 +228,12 @@ def test_vae_end_to_end(data, flags, tmp_path, capsys):
     model = vae.VAE()
     model.load_state_dict(saved["model"])
     split = common.load_data(data, torch.device("cpu")).test
-    assert common.test_loop(model, vae.make_loss(1e-3), split) == pytest.approx(result["test"])
+    assert common.test_loop(model, lambda model, images, labels: vae.loss_function(model, images, 1e-3), split) == pytest.approx(result["test"])
     assert f"{result['test']['loss']:.5f}" in capsys.readouterr().out.splitlines()[-2]
+    vae.main(flags + ["--eval"])
+    tampered = {**result, "test": {**result["test"], "loss": result["test"]["loss"] * 1.001}}
+    (folder / "metrics.json").write_text(json.dumps(tampered))
+    assert f"{tampered['test']['loss']:.6g}"[:6] in fails(vae.main, flags + ["--eval"], capsys, 1)
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(flags, tmp_path):

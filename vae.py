@@ -64,16 +64,12 @@ def kl_divergence(mu, logvar):
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
-def make_loss(alpha):
-    """L = L1 averaged over pixels and images + alpha * KL averaged over images."""
-
-    def loss_fn(model, images, labels):
-        reconstruction, mu, logvar = model(images)
-        recon = F.l1_loss(reconstruction, images)
-        kl = kl_divergence(mu, logvar).mean()
-        return {"loss": recon + alpha * kl, "recon": recon, "kl": kl}
-
-    return loss_fn
+def loss_function(model, images, alpha):
+    """L = recon + alpha * kl: L1 averaged over pixels and images, and the KL averaged over images."""
+    reconstruction, mu, logvar = model(images)
+    recon = F.l1_loss(reconstruction, images)
+    kl = kl_divergence(mu, logvar).mean()
+    return {"loss": recon + alpha * kl, "recon": recon, "kl": kl}
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
@@ -98,6 +94,22 @@ def evaluate(model, loss_fn, data):
 
 
 # --------------------------------------------------------------------------------------------------------------- figures
+
+
+def plot_losses(history):
+    """Training loss every epoch, validation loss where it was evaluated, the best epoch marked."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    checks = [(row["epoch"], row["val_loss"]) for row in history if "val_loss" in row]
+    best = min(checks, key=lambda check: check[1])
+    axes.plot([row["epoch"] for row in history], [row["train_loss"] for row in history], label="training")
+    axes.plot(*zip(*checks), "o-", markersize=3, color=common.COLORS[2], label="validation")
+    axes.plot(*best, "*", markersize=14, color="black", label=f"best: {best[1]:.4f}, epoch {best[0]}")
+    losses = [row["train_loss"] for row in history] + [loss for _, loss in checks]
+    start = sorted(losses)[-1 - len(losses) // 20]  # the first epochs' fall would flatten all that follows
+    axes.set(xlabel="epoch", ylabel="loss", ylim=(min(losses) - 0.05 * (start - min(losses)), start))
+    axes.legend()
+    return common.png(figure)
 
 
 def plot_latent_pairs(mu, labels):
@@ -146,7 +158,7 @@ def draw(model, history, data):
     train_mu, _ = model.encode(data.train.images)
     noise = torch.randn(50, LATENT, generator=torch.Generator().manual_seed(0)).to(mu.device)
     return {
-        "losses.png": common.plot_losses(history, "loss"),
+        "losses.png": plot_losses(history),
         "reconstructions.png": common.image_grid(
             torch.stack([originals, model.decode(model.encode(originals)[0])]), ["original", "reconstruction"], names),
         "latent_pairs.png": plot_latent_pairs(mu.cpu(), data.test.labels.cpu()),
@@ -166,7 +178,10 @@ def main(argv=None):
     data = common.load_data(args.data, common.get_device(args.device))
     torch.manual_seed(args.seed)
     model = VAE().to(data.train.images.device)
-    loss_fn = make_loss(args.alpha)
+
+    def loss_fn(model, images, labels):
+        return loss_function(model, images, args.alpha)
+
     common.run(args, args.out / "vae", model, loss_fn, data,
                evaluate=lambda model: evaluate(model, loss_fn, data),
                draw=lambda model, history: draw(model, history, data),
