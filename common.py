@@ -205,7 +205,8 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=weight_decay, fused=True)
     average = copy.deepcopy(model)
-    pair = [[p.detach() for p in m.parameters()] for m in (average, model)]
+    # Of the buffers too: batch norm's statistics must be those of the weights beside them.
+    pair = [[tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)]
     stopping, history, seconds, first, saved, save_seconds = EarlyStopping(args.patience, args.min_delta), [], 0.0, 1, 0, 0
     if args.resume and checkpoint.exists():
         state = load_file(checkpoint)
@@ -237,8 +238,6 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
             optimizer.step()
             decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first: the initial weights are worth nothing
             torch._foreach_lerp_(*pair, 1 - decay)
-            for mean, value in zip(average.buffers(), model.buffers()):  # batch norm's statistics are averages already
-                mean.copy_(value)
             total += loss.detach() * len(batch)
         row = {"epoch": epoch, "train_loss": total.item() / count}
         if epoch % args.val_every == 0 or epoch == args.epochs:
@@ -354,8 +353,8 @@ def check_settings(saved, args, path):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Holds `folder` for this process; RunError where another one does. The lock dies with its process."""
+def locked(folder, wait=False):
+    """Holds `folder` for this process; waits, or RunError, where another one does. The lock dies with its process."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise RunError(f"{folder} is not writable: give another --out")
@@ -364,7 +363,7 @@ def locked(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise RunError(f"another process is writing to {folder}: wait for it, or give another --out") from None
@@ -450,7 +449,7 @@ def study(args, folder, jobs, train, draw):
     summary, figures = draw(runs)
     short = [{"folder": run["folder"], **{name: run["config"][name] for name in OF_ONE_RUN if name in run["config"]},
               **{name: run[name] for name in ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")}} for run in runs]
-    with locked(folder):
+    with locked(folder, wait=True):
         write_files(folder, figures if args.eval else {
             **figures, "metrics.json": json_bytes({"config": plain(args), "summary": summary, "runs": short})})
     print(f"files in {folder}")

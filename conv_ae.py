@@ -41,7 +41,7 @@ class Decoder(nn.Sequential):
     def __init__(self, latent):
         super().__init__(
             nn.Linear(latent, 256), nn.ReLU(), nn.Linear(256, 64 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (64, 7, 7)),
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.ReLU(),  # to 14x14
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),  # to 14x14
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1), nn.Sigmoid())  # to 28x28
 
 
