@@ -1,9 +1,14 @@
 """Fast, offline tests through the scripts' own `main`, on a small dataset that they write themselves."""
 import gzip
 import hashlib
+import itertools
 import json
 import math
+import resource
+import signal
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,6 +56,12 @@ def flags(data, tmp_path):
     return ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu", "--epochs", "3", "--batch-size", "50"]
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests that are about something else: the 28 scatter plots take most of a short run's time."""
+    monkeypatch.setattr(vae, "draw", lambda model, history, data: {"samples.png": PNG})
+
+
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
@@ -59,8 +70,9 @@ def fails(main, flags, capsys, code):
     """The one line that a run which ends with that exit code prints."""
     with pytest.raises(SystemExit) as stopped:
         main(flags)
-    message = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-    assert (1 if isinstance(stopped.value.code, str) else stopped.value.code) == code
+    text = isinstance(stopped.value.code, str)  # what Python prints before it ends with exit code 1
+    assert (1 if text else stopped.value.code) == code
+    message = stopped.value.code if text else capsys.readouterr().err.splitlines()[-1]
     assert len(message.splitlines()) == 1 and "Traceback" not in message
     return message
 
@@ -156,7 +168,7 @@ def test_patience_zero_never_stops():
     assert not any(stopping.step(epoch, 1.0, Weights(0)) for epoch in range(1, 1000))
 
 
-def test_early_stopping_through_main(flags, tmp_path):
+def test_early_stopping_through_main(flags, tmp_path, no_figures):
     vae.main(flags + ["--epochs", "60", "--patience", "10", "--min-delta", "1000"])  # nothing counts after the first check
     result = metrics(tmp_path / "out" / "vae")
     assert result["epochs_run"] == 15
@@ -237,7 +249,7 @@ def test_vae_end_to_end(data, flags, tmp_path, capsys):
     assert f"{tampered['test']['loss']:.6g}"[:6] in fails(vae.main, flags + ["--eval"], capsys, 1)
 
 
-def test_same_seed_same_bytes_other_seed_other_bytes(flags, tmp_path):
+def test_same_seed_same_bytes_other_seed_other_bytes(flags, tmp_path, no_figures):
     written = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         vae.main(flags + ["--out", str(tmp_path / name), "--seed", str(seed)])
@@ -318,7 +330,7 @@ def test_augmentation_shifts_and_flips_whole_images():
 
 
 def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
-    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "30"])
+    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "20"])
     study = tmp_path / "out" / "classifier"
     figures = {"learning_curves.png", "label_efficiency.png", "confusion_matrix.png"}
     runs = {f"{strategy}-labels{labels}-seed0" for strategy in ("scratch", "frozen", "finetune") for labels in (50, 200)}
@@ -354,3 +366,147 @@ def test_no_encoder_and_one_of_another_size(flags, encoder, tmp_path, capsys):
     missing = fails(classifier.main, flags + ["--labels", "50", "--encoder", str(tmp_path / "none.pt")], capsys, 1)
     other = fails(classifier.main, flags + ["--labels", "50", "--latent", "8", "--encoder", str(encoder)], capsys, 1)
     assert "python conv_ae.py --latents 32" in missing and "python conv_ae.py --latents 8" in other
+
+
+# ----------------------------------------------------------------------------------------------------------- reliability
+
+BAD_NUMBERS = ("0", "-1", "1.5", "x", "nan", "inf", "", "1" * 30)
+BAD_REALS = ("-1", "x", "nan", "inf", "", "1e30")
+BAD_FLAGS = [  # (script, flags): refused with exit code 2 before any data is read
+    *[(script, [flag, value]) for script in (vae, conv_ae, classifier)
+      for flag, values in {"--epochs": BAD_NUMBERS, "--batch-size": BAD_NUMBERS, "--val-every": BAD_NUMBERS,
+                           "--seed": BAD_NUMBERS[1:], "--patience": BAD_NUMBERS[1:], "--min-delta": BAD_REALS,
+                           "--lr": ("0", *BAD_REALS), "--data": ("",), "--out": ("",), "--device": ("gpu", "")}.items()
+      for value in values],
+    *[(vae, ["--alpha", value]) for value in BAD_REALS],
+    *[(script, [flag, value]) for script, flag in ((conv_ae, "--latents"), (conv_ae, "--seeds"), (classifier, "--seeds"),
+                                                   (classifier, "--latent"), (classifier, "--labels")) for value in BAD_NUMBERS],
+    (conv_ae, ["--latents", "8", "8"]), (classifier, ["--labels", "1000000"]), (classifier, ["--labels", "100", "100"]),
+    (classifier, ["--strategies", "scratch", "scratch"]), (classifier, ["--strategies", "distill"]),
+    (classifier, ["--encoder", ""]), (vae, ["--eval", "--resume"]), (vae, ["--latents", "8"]), (vae, ["--epoch", "3"]),
+]
+if not torch.cuda.is_available():
+    BAD_FLAGS.append((vae, ["--device", "cuda"]))
+
+
+def test_bad_flags_are_refused_before_anything_happens(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "load_data", lambda *args: pytest.fail("data was read"))
+    monkeypatch.chdir(tmp_path)
+    for script, flags in BAD_FLAGS:
+        message = fails(script.main, flags, capsys, 2)
+        assert "error: " in message and flags[0].lstrip("-")[:5] in message, (script.__name__, flags, message)
+    assert not list(tmp_path.iterdir())
+
+
+def no_metrics(out):
+    (out / "vae" / "metrics.json").unlink()
+
+
+def pickle_with_code(out):
+    class Payload:
+        def __reduce__(self):
+            return (out.joinpath("executed").mkdir, ())
+
+    torch.save({"model": Payload()}, out / "vae" / "model.pt")
+
+
+def other_shapes(out):
+    saved = torch.load(out / "vae" / "model.pt", weights_only=True)
+    saved["model"]["mu.weight"] = torch.zeros(9, 64)
+    torch.save(saved, out / "vae" / "model.pt")
+
+
+def half_a_file(out):
+    path = out / "vae" / "model.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("damage, part", [
+    (no_metrics, "metrics.json"), (pickle_with_code, "model.pt is not a file of weights"), (other_shapes, "mu.weight"),
+    (half_a_file, "model.pt is not a file of weights"), (lambda out: (out / "vae" / "model.pt").unlink(), "model.pt"),
+])
+def test_eval_refuses_what_it_cannot_confirm(damage, part, flags, tmp_path, capsys, no_figures):
+    out = tmp_path / "out"
+    vae.main(flags + ["--epochs", "1"])
+    damage(out)
+    assert part in fails(vae.main, flags + ["--eval"], capsys, 1)
+    assert not (out / "executed").exists()
+
+
+def test_out_that_is_a_file(flags, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert "out" in fails(vae.main, flags, capsys, 1)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def everything(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checkpoint.pt"}
+
+
+def test_full_disk_leaves_earlier_results_intact(flags, tmp_path, capsys, no_figures):
+    vae.main(flags)
+    before = everything(tmp_path / "out" / "vae")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a write past that fails as on a full disk
+    try:
+        fails(vae.main, flags + ["--seed", "1"], capsys, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert everything(tmp_path / "out" / "vae") == before
+
+
+def test_divergence_stops_with_epoch_and_rate(flags, tmp_path, capsys, monkeypatch, no_figures):
+    vae.main(flags)
+    before = everything(tmp_path / "out" / "vae")
+    genuine = vae.loss_function
+    monkeypatch.setattr(vae, "loss_function", lambda *args: {k: v * math.nan for k, v in genuine(*args).items()})
+    message = fails(vae.main, flags, capsys, 1)
+    assert "epoch 1" in message and "--lr" in message
+    assert everything(tmp_path / "out" / "vae") == before
+
+
+def test_second_run_into_one_folder_is_refused(flags, tmp_path, capsys):
+    with common.locked(tmp_path / "out" / "vae"):
+        assert "another process" in fails(vae.main, flags, capsys, 1)
+        conv_ae.main(flags + ["--latents", "2", "--epochs", "1"])  # another folder
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(number, code, flags, tmp_path, capsys, monkeypatch, no_figures):
+    flags = flags + ["--epochs", "12"]
+    vae.main(flags + ["--out", str(tmp_path / "whole")])
+    genuine, calls = vae.loss_function, itertools.count()
+
+    def loss_function(*args):
+        if next(calls) == 30:  # in the seventh epoch
+            signal.raise_signal(number)
+        return genuine(*args)
+
+    monkeypatch.setattr(vae, "loss_function", loss_function)
+    assert "--resume" in fails(vae.main, flags, capsys, code)
+    assert "--lr" in fails(vae.main, flags + ["--resume", "--lr", "0.001"], capsys, 1)
+    vae.main(flags + ["--resume"])
+    assert same_weights(tmp_path / "whole" / "vae", tmp_path / "out" / "vae")
+    assert everything(tmp_path / "whole" / "vae")["losses.csv"] == everything(tmp_path / "out" / "vae")["losses.csv"]
+    assert not (tmp_path / "out" / "vae" / "checkpoint.pt").exists()
+
+
+def same_weights(*folders):
+    first, second = (torch.load(folder / "model.pt", weights_only=True)["model"] for folder in folders)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_killed_twice_and_resumed_ends_with_the_same_bytes(flags, tmp_path):
+    """SIGKILL in a process of its own, at lines of its output; the tiny dataset's hashes travel as an argument."""
+    program = ("import json, sys, common, torch; torch.set_num_threads(1); common.FILES = {k: tuple(v) for k, v in "
+               "json.loads(sys.argv[1]).items()}; import vae; vae.main(sys.argv[2:])")
+    command = [sys.executable, "-c", program, json.dumps(common.FILES), *flags, "--epochs", "12"]
+    vae.main(flags + ["--epochs", "12", "--out", str(tmp_path / "whole")])
+    for line in ("epoch   3", "epoch   8"):
+        with subprocess.Popen(command + ["--resume"], stdout=subprocess.PIPE, text=True) as process:
+            assert any(text.startswith(line) for text in process.stdout)
+            process.kill()
+    subprocess.run(command + ["--resume"], check=True, stdout=subprocess.DEVNULL)
+    whole, resumed = everything(tmp_path / "whole" / "vae"), everything(tmp_path / "out" / "vae")
+    assert whole["losses.csv"] == resumed["losses.csv"]
+    assert same_weights(tmp_path / "whole" / "vae", tmp_path / "out" / "vae")
