@@ -24,18 +24,22 @@ TARGET = 0.88  # the validation accuracy whose epoch says how fast a strategy le
 
 
 class Classifier(nn.Module):
-    """Images (B, 1, 28, 28), or the encoder's features of them (B, 1152), to logits (B, 10).
+    """Images (B, 1, 28, 28), or `features` of them (B, 1152), to logits (B, 10).
 
-    The head sits on the convolutional features, not on the latent vector behind them: see README.md for the figures.
+    The head sits on the convolutional feature maps, pooled to 3x3, not on the latent vector behind them: README.md has
+    the figures.
     """
 
     def __init__(self, encoder, hidden=256):
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(1152, hidden), nn.ReLU(), nn.Dropout(0.3), nn.Linear(hidden, 10))
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(1152, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 10))
+
+    def features(self, x):
+        return F.max_pool2d(self.encoder.features(x), 2).flatten(1)
 
     def forward(self, x):
-        return self.head(x if x.dim() == 2 else self.encoder.features(x))
+        return self.head(x if x.dim() == 2 else self.features(x))
 
 
 def make_classifier(strategy, latent, encoder_weights):
@@ -52,15 +56,8 @@ def make_classifier(strategy, latent, encoder_weights):
 
 
 def augment(images):
-    """Each image flipped left to right with probability 1/2, and shifted by up to two pixels either way."""
-    count, device = len(images), images.device
-    flip = torch.rand(count, 1, 1, 1, device=device) < 0.5
-    images = torch.where(flip, images.flip(3), images)
-    padded = F.pad(images, (2, 2, 2, 2)).squeeze(1)
-    shift = torch.randint(0, 5, (2, count, 1, 1), device=device)
-    pixel = torch.arange(28, device=device)
-    rows, columns = shift[0] + pixel[:, None], shift[1] + pixel
-    return padded[torch.arange(count, device=device)[:, None, None], rows, columns].unsqueeze(1)
+    """Each image flipped left to right with probability 1/2."""
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
 
 
 def loss_fn(model, inputs, labels):
@@ -93,10 +90,10 @@ def labelled(data, count, seed):
 
 
 @torch.no_grad()
-def cached_features(encoder, data):
+def cached_features(model, data):
     """`data` with the frozen encoder's features in the images' place: without augmentation they never change."""
-    encoder.eval()
-    return common.Data(*(common.Split(torch.cat([encoder.features(part) for part in split.images.split(1000)]), split.labels)
+    model.eval()
+    return common.Data(*(common.Split(torch.cat([model.features(part) for part in split.images.split(1000)]), split.labels)
                          for split in data))
 
 
@@ -218,7 +215,7 @@ def draw(runs):
 
 @common.entry
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=15, batch_size=128, lr=4e-3, patience=0, val_every=1)
+    parser = common.make_parser(__doc__, epochs=10, batch_size=128, lr=4e-3, patience=0, val_every=1)
     add = parser.add_argument
     add("--strategies", nargs="+", choices=tuple(STYLE), default=list(STYLE), action=common.Distinct, help="(default: all)")
     add("--latent", type=common.number(int, 1, 4096), default=32, metavar="SIZE", help="the encoder's (default: %(default)s)")
@@ -240,7 +237,7 @@ def main(argv=None):
 
     @functools.cache
     def features():
-        return cached_features(make_classifier("frozen", args.latent, weights).encoder.to(device), data)
+        return cached_features(make_classifier("frozen", args.latent, weights).to(device), data)
 
     def train(run_args, folder):
         model = make_classifier(run_args.strategy, run_args.latent, weights).to(device, memory_format=torch.channels_last)

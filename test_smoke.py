@@ -321,12 +321,11 @@ def test_label_subsets_are_balanced_and_nested():
     assert subsets[0] != classifier.label_subset(labels, 20, seed=4).tolist()
 
 
-def test_augmentation_shifts_and_flips_whole_images():
-    images = torch.zeros(64, 1, 28, 28)
-    images[:, :, 10, 8] = 1
-    rows, columns = classifier.augment(images).nonzero()[:, 2:].T
-    assert len(rows) == 64 and rows.min() >= 8 and rows.max() <= 12
-    assert all(min(abs(column - 8), abs(column - 19)) <= 2 for column in columns.tolist()) and columns.unique().numel() > 5
+def test_augmentation_flips_half_of_the_images():
+    images = torch.rand(400, 1, 28, 28)
+    flipped = [torch.equal(after, before.flip(2)) for before, after in zip(images, classifier.augment(images))]
+    kept = [torch.equal(after, before) for before, after in zip(images, classifier.augment(images))]
+    assert 150 < sum(flipped) < 250 and 150 < sum(kept) < 250
 
 
 def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
