@@ -174,21 +174,33 @@ def learning_rate(peak, step, steps):
     return peak * min((step + 1) / min(WARMUP_STEPS, steps), 1 - step / steps)
 
 
+def get_rng_state(device):
+    """The states of all random generators that training draws from: the CPU's and the accelerator's."""
+    return [torch.get_rng_state()] + ([getattr(torch, device.type).get_rng_state()] if device.type != "cpu" else [])
+
+
+def set_rng_state(device, states):
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(states[1])
+
+
 @torch.no_grad()
 def test_loop(model, loss_fn, split, batch_size=1000, bf16=False):
     """The loss function's entries over a whole split, each a mean over its images.
 
-    Random draws (the VAE's) come from a generator seeded here: the same model gives the same figures, and evaluating
-    does not disturb the training's own random numbers.
+    Random draws (the VAE's) are seeded here and the generators put back: the same model gives the same figures, and
+    evaluating does not disturb the training.
     """
     device, training = split.images.device, model.training
     model.eval()
-    totals = {}
-    with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        torch.manual_seed(0)
+    totals, state = {}, get_rng_state(device)
+    torch.manual_seed(0)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
             for name, mean in loss_fn(model, images, labels).items():
                 totals[name] = totals.get(name, 0) + mean.double() * len(images)
+    set_rng_state(device, state)
     model.train(training)
     return {name: total.item() / len(split.images) for name, total in totals.items()}
 
@@ -264,16 +276,6 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
             save_seconds = time.perf_counter() - saved
     model.load_state_dict(stopping.best_weights)
     return {"epochs_run": history[-1]["epoch"], "best_epoch": stopping.best_epoch, "train_seconds": round(seconds, 2)}, history
-
-
-def get_rng_state(device):
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
-
-
-def set_rng_state(device, state):
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 # --------------------------------------------------------------------------------------------------------------- results

@@ -145,7 +145,7 @@ def summarize(runs, data):
 
 @common.entry
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=3, batch_size=64, lr=4e-3, patience=0, val_every=1)
+    parser = common.make_parser(__doc__, epochs=3, batch_size=64, lr=8e-3, patience=0, val_every=1)
     latent = common.number(int, 1, 4096)
     parser.add_argument("--latents", type=latent, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], metavar="SIZE",
                         action=common.Distinct, help="latent sizes (default: %(default)s)")
