@@ -33,7 +33,8 @@ class Classifier(nn.Module):
     def __init__(self, encoder, hidden=256):
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(1152, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 10))
+        self.head = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(1152, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 10))
 
     def features(self, x):
         return F.max_pool2d(self.encoder.features(x), 2).flatten(1)
@@ -121,11 +122,15 @@ def evaluate(model, test):
             "confusion": torch.bincount(10 * test.labels + predicted, minlength=100).view(10, 10).tolist()}
 
 
+def runs_of(runs, strategy, labels):
+    return [run for run in runs if (run["config"]["strategy"], run["config"]["labels"]) == (strategy, labels)]
+
+
 def summarize(runs):
     """One row per strategy and label count, over seeds: what it ends at, and how fast it gets there."""
     summary = []
-    for strategy, labels in sorted({(run["config"]["strategy"], run["config"]["labels"]) for run in runs}, key=lambda key: key[::-1]):
-        same = [run for run in runs if (run["config"]["strategy"], run["config"]["labels"]) == (strategy, labels)]
+    for labels, strategy in sorted({(run["config"]["labels"], run["config"]["strategy"]) for run in runs}):
+        same = runs_of(runs, strategy, labels)
         row = {"strategy": strategy, "labels": labels, "n": len(same), "parameters": same[0]["parameters"]}
         row["test_accuracy_mean"], row["test_accuracy_std"] = common.mean_std(run["test"]["accuracy"] for run in same)
         row["test_loss_mean"], row["test_loss_std"] = common.mean_std(run["test"]["loss"] for run in same)
@@ -133,7 +138,8 @@ def summarize(runs):
         row["val_accuracy_mean"], row["val_accuracy_std"] = common.mean_std(best)
         first = [run["validation"][0]["accuracy"] for run in same]
         row["val_accuracy_first_epoch_mean"], row["val_accuracy_first_epoch_std"] = common.mean_std(first)
-        reached = [next((check["epoch"] for check in run["validation"] if check["accuracy"] >= TARGET), None) for run in same]
+        reached = [next((check["epoch"] for check in run["validation"] if check["accuracy"] >= TARGET), None)
+                   for run in same]
         row["epochs_to_088_mean"] = None if None in reached else sum(reached) / len(reached)
         summary.append(row)
     return summary
@@ -150,14 +156,15 @@ def plot_learning_curves(runs):
     axes = figure.subplots()
     labels = max(run["config"]["labels"] for run in runs)
     for strategy, (line, color) in STYLE.items():
-        same = [run for run in runs if (run["config"]["strategy"], run["config"]["labels"]) == (strategy, labels)]
+        same = runs_of(runs, strategy, labels)
         if not same:
             continue
         epochs = [check["epoch"] for check in same[0]["validation"]]
         spread = [common.mean_std(run["validation"][i]["accuracy"] for run in same) for i in range(len(epochs))]
         means = [mean for mean, _ in spread]
         axes.plot(epochs, means, line, color=color, markersize=4, label=f"{strategy} (n={len(same)})")
-        axes.fill_between(epochs, [m - (s or 0) for m, s in spread], [m + (s or 0) for m, s in spread], color=color, alpha=0.25)
+        axes.fill_between(epochs, [mean - (std or 0) for mean, std in spread], [mean + (std or 0) for mean, std in spread],
+                          color=color, alpha=0.25)
     axes.set(xlabel="epoch", ylabel="validation accuracy", title=f"{labels:,} labels")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -205,9 +212,9 @@ def draw(runs):
     """Summary and figures; the confusion matrix is that of the strategy with the best validation accuracy."""
     summary = summarize(runs)
     best = max((row for row in summary if row["labels"] == summary[-1]["labels"]), key=lambda row: row["val_accuracy_mean"])
-    shown = next(run for run in runs if all(run["config"][name] == best[name] for name in ("strategy", "labels")))
-    return summary, {"learning_curves.png": plot_learning_curves(runs), "label_efficiency.png": plot_label_efficiency(summary),
-                     "confusion_matrix.png": plot_confusion(shown)}
+    return summary, {"learning_curves.png": plot_learning_curves(runs),
+                     "label_efficiency.png": plot_label_efficiency(summary),
+                     "confusion_matrix.png": plot_confusion(runs_of(runs, best["strategy"], best["labels"])[0])}
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -218,7 +225,8 @@ def main(argv=None):
     parser = common.make_parser(__doc__, epochs=10, batch_size=128, lr=4e-3, patience=0, val_every=1)
     add = parser.add_argument
     add("--strategies", nargs="+", choices=tuple(STYLE), default=list(STYLE), action=common.Distinct, help="(default: all)")
-    add("--latent", type=common.number(int, 1, 4096), default=32, metavar="SIZE", help="the encoder's (default: %(default)s)")
+    add("--latent", type=common.number(int, 1, 4096), default=32, metavar="SIZE",
+        help="the encoder's (default: %(default)s)")
     add("--labels", type=common.number(int, 10, 50_000), nargs="+", default=[100, 1000, 10_000, 50_000], metavar="COUNT",
         action=common.Distinct, help="labelled training images (default: %(default)s)")
     add("--seeds", type=common.number(int, 1, 1000), default=3, metavar="N",
@@ -241,8 +249,10 @@ def main(argv=None):
 
     def train(run_args, folder):
         model = make_classifier(run_args.strategy, run_args.latent, weights).to(device, memory_format=torch.channels_last)
-        inputs = data if args.eval else labelled(features() if run_args.strategy == "frozen" else data, run_args.labels, run_args.seed)
-        common.run(run_args, folder, model, loss_fn, inputs, lambda model: evaluate(model, data.test),
+        inputs = data
+        if not args.eval:
+            inputs = labelled(features() if run_args.strategy == "frozen" else data, run_args.labels, run_args.seed)
+        common.run(run_args, folder, model, loss_fn, inputs, evaluate=lambda model: evaluate(model, data.test),
                    weight_decay=WEIGHT_DECAY, bf16=common.has_bf16(device))
 
     jobs = {f"{strategy}-labels{labels}-seed{seed}": {"strategy": strategy, "labels": labels, "seed": seed,

@@ -117,12 +117,14 @@ def load_data(data_dir, device):
         try:
             download(data_dir)
         except (OSError, RuntimeError) as error:
-            raise RunError(f"no {missing[0]} and no download ({str(error).splitlines()[0]}): {three_ways(data_dir)}") from None
-    pairs = []
-    for prefix in ("train", "t10k"):
-        images = read_idx(f"{prefix}-images-idx3-ubyte", data_dir).view(-1, 1, 28, 28)
-        pairs.append(Split(images.to(device).float() / 255, read_idx(f"{prefix}-labels-idx1-ubyte", data_dir).to(device).long()))
-    both, test = pairs
+            reason = str(error).splitlines()[0]
+            raise RunError(f"no {missing[0]} and no download ({reason}): {three_ways(data_dir)}") from None
+
+    def read_split(prefix):
+        images, labels = (read_idx(f"{prefix}-{kind}-ubyte", data_dir).to(device) for kind in ("images-idx3", "labels-idx1"))
+        return Split(images.view(-1, 1, 28, 28).float() / 255, labels.long())
+
+    both, test = read_split("train"), read_split("t10k")
     order = torch.randperm(len(both.labels), generator=torch.Generator().manual_seed(0)).to(device)
     parts = order.split([len(order) - len(order) // 6, len(order) // 6])
     train, val = (Split(both.images[part], both.labels[part]) for part in parts)
@@ -275,7 +277,8 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
                 "seconds": seconds, "rng": get_rng_state(device)})})
             save_seconds = time.perf_counter() - saved
     model.load_state_dict(stopping.best_weights)
-    return {"epochs_run": history[-1]["epoch"], "best_epoch": stopping.best_epoch, "train_seconds": round(seconds, 2)}, history
+    outcome = {"epochs_run": history[-1]["epoch"], "best_epoch": stopping.best_epoch, "train_seconds": round(seconds, 2)}
+    return outcome, history
 
 
 # --------------------------------------------------------------------------------------------------------------- results
@@ -323,7 +326,8 @@ def load_file(path):
     except FileNotFoundError:
         raise RunError(f"no {path}: run without --eval first") from None
     except Exception as error:  # torch raises half a dozen types here, for a damaged file and for a pickle with code
-        raise RunError(f"{path} is not a file of weights ({str(error).splitlines()[0][:100]}): delete it and run again") from None
+        reason = str(error).splitlines()[0][:100]
+        raise RunError(f"{path} is not a file of weights ({reason}): delete it and run again") from None
 
 
 def load_weights(path, model):
@@ -414,7 +418,8 @@ def run(args, folder, model, loss_fn, data, evaluate, draw=None, **training):
                    "parameters": sum(p.numel() for p in model.parameters()), **outcome, **evaluate(model),
                    "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row]}
         losses = "".join(f"{row['epoch']},{row['train_loss']:.7f},{row.get('val_loss', '')}\n" for row in history)
-        write_files(folder, {**(draw(model, history) if draw else {}), "losses.csv": f"epoch,train_loss,val_loss\n{losses}".encode(),
+        write_files(folder, {**(draw(model, history) if draw else {}),
+                             "losses.csv": f"epoch,train_loss,val_loss\n{losses}".encode(),
                              "model.pt": torch_bytes({"config": config, "model": model.state_dict()}),
                              "metrics.json": json_bytes(metrics)})
         checkpoint.unlink(missing_ok=True)
@@ -450,7 +455,8 @@ def study(args, folder, jobs, train, draw):
             print(f"left out of the study, its flags are others: {path.parent}")
     summary, figures = draw(runs)
     short = [{"folder": run["folder"], **{name: run["config"][name] for name in OF_ONE_RUN if name in run["config"]},
-              **{name: run[name] for name in ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")}} for run in runs]
+              **{name: run[name] for name in ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")}}
+             for run in runs]
     with locked(folder, wait=True):
         write_files(folder, figures if args.eval else {
             **figures, "metrics.json": json_bytes({"config": plain(args), "summary": summary, "runs": short})})
@@ -582,7 +588,8 @@ def image_grid(rows, row_labels=None, column_labels=None, scale=0.75):
     count, columns = rows.shape[:2]
     tiles = torch.nn.functional.pad(rows.squeeze(2).cpu(), (1, 1, 1, 1))  # a pixel of background around each image
     picture = tiles.permute(0, 2, 1, 3).reshape(count * 30, columns * 30)
-    figure = Figure(figsize=(scale * columns + 1.2 * (row_labels is not None), scale * count + 0.3 * (column_labels is not None)))
+    width, height = scale * columns + 1.2 * (row_labels is not None), scale * count + 0.3 * (column_labels is not None)
+    figure = Figure(figsize=(width, height))
     axes = figure.subplots()
     axes.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.spines[:].set_visible(False)

@@ -92,16 +92,18 @@ def plot_errors(summary):
     figure = Figure(figsize=(7.5, 4.8))
     axes = figure.subplots()
     sizes, means = [row["latent"] for row in summary], [row["mse_mean"] for row in summary]
-    axes.plot(sizes, [row["pca_mse"] for row in summary], "s--", color=common.COLORS[8], label="PCA, the best linear autoencoder")
-    n = min(row["n"] for row in summary)
+    pca = [row["pca_mse"] for row in summary]
+    axes.plot(sizes, pca, "s--", color=common.COLORS[8], label="PCA, the best linear autoencoder")
+    seeds = sorted({row["n"] for row in summary})
     axes.errorbar(sizes, means, [row["mse_std"] or 0 for row in summary], fmt="o-", capsize=3, color=common.COLORS[0],
-                  label=f"convolutional autoencoder (mean and std, n {'=' if n == max(row['n'] for row in summary) else '>='} {n})")
+                  label=f"convolutional autoencoder (mean and std, n={'-'.join(map(str, seeds))})")
     for row in summary:
-        axes.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), (0, -18), textcoords="offset points", ha="center")
+        point = row["latent"], row["mse_mean"]
+        axes.annotate(f"×{row['ratio']:.2f}", point, (0, -18), textcoords="offset points", ha="center")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, sizes)
-    low, high = min(means) * 0.7, max(row["pca_mse"] for row in summary) * 1.2
+    low, high = min(means) * 0.7, max(*pca, *means) * 1.2
     ticks = [tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -156,7 +158,8 @@ def main(argv=None):
 
     def train(run_args, folder):
         model = Autoencoder(run_args.latent).to(data.train.images.device, memory_format=torch.channels_last)
-        common.run(run_args, folder, model, loss_fn, data, lambda model: {"test": common.test_loop(model, loss_fn, data.test)},
+        common.run(run_args, folder, model, loss_fn, data,
+                   evaluate=lambda model: {"test": common.test_loop(model, loss_fn, data.test)},
                    bf16=common.has_bf16(data.train.images.device))
 
     def draw(runs):
