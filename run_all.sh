@@ -6,9 +6,9 @@ cd "$(dirname "$0")"
 
 has_packages() { "$1" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "torchvision", "matplotlib", "pytest"))))' 2>/dev/null; }
 
-# The environment: an active one that has the packages, else .venv.
+# The environment: the active one where it has the packages, else .venv.
 python=python
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || ! has_packages python; then
+if ! has_packages python; then
   python=.venv/bin/python
   if ! has_packages "$python"; then
     echo "installing requirements.txt into .venv (several GB, once)"
