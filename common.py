@@ -572,7 +572,7 @@ matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spi
 
 def png(figure):
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     return buffer.getvalue()
 
 
