@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything, from a fresh machine: the environment, the data, the scripts. Arguments go to every script:
-#   bash run_all.sh --epochs 1    # a quick look
+#   bash run_all.sh --epochs 1 --out quick    # a quick look, beside the reference results
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -32,9 +32,9 @@ data = pathlib.Path(sys.argv[1])
 try:
     common.load_data(data, torch.device("cpu"))
 except common.RunError as error:
-    missing = any(common.find_file(name, data) is None for name in common.FILES)
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(3 if missing else 1)
+    if any(common.find_file(name, data) is None for name in common.FILES):
+        sys.exit(3)
+    sys.exit(f"error: {error}")
 PROBE
 if [ "$status" -eq 3 ]; then
   sudo=()
