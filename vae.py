@@ -38,8 +38,8 @@ class VAE(nn.Module):
         """mu and logvar, each (B, LATENT), held within [-30, 30] and [-20, 1].
 
         The bounds keep the KL of any image finite and below 3,700 nats. Ordinary images (|mu| below 8, and logvar below
-        1, since a posterior wider than the prior costs KL and buys nothing) never meet them; without them exp(logvar)
-        or mu of a single unusual image can dwarf the loss of all others.
+        1, since a posterior wider than the prior costs KL and buys nothing) stay inside; without them exp(logvar) or mu
+        of a single unusual image can dwarf the loss of all others.
         """
         h = self.encoder(x)
         return self.mu(h).clamp(-30, 30), self.logvar(h).clamp(-20, 1)
