@@ -134,7 +134,8 @@ def summarize(runs):
         row = {"strategy": strategy, "labels": labels, "n": len(same), "parameters": same[0]["parameters"]}
         row["test_accuracy_mean"], row["test_accuracy_std"] = common.mean_std(run["test"]["accuracy"] for run in same)
         row["test_loss_mean"], row["test_loss_std"] = common.mean_std(run["test"]["loss"] for run in same)
-        best = [max(check["accuracy"] for check in run["validation"] if check["epoch"] == run["best_epoch"]) for run in same]
+        best = [next(check["accuracy"] for check in run["validation"] if check["epoch"] == run["best_epoch"])
+                for run in same]
         row["val_accuracy_mean"], row["val_accuracy_std"] = common.mean_std(best)
         first = [run["validation"][0]["accuracy"] for run in same]
         row["val_accuracy_first_epoch_mean"], row["val_accuracy_first_epoch_std"] = common.mean_std(first)

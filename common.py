@@ -331,13 +331,11 @@ def load_file(path):
 
 
 def load_weights(path, model):
-    """Loads `model.pt` into `model`; returns its config. RunError where the shapes do not fit."""
-    state = load_file(path)
+    """Loads `model.pt` into `model`. RunError where the shapes do not fit."""
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(load_file(path)["model"])
     except (RuntimeError, KeyError, TypeError) as error:
         raise RunError(f"{path} does not fit this model: {str(error).splitlines()[-1].strip()}") from None
-    return state["config"]
 
 
 def settings(args):
@@ -391,7 +389,7 @@ def compare(recorded, measured, where):
 
 
 def run(args, folder, model, loss_fn, data, evaluate, draw=None, **training):
-    """One run in its own folder: trains, tests, writes the files; returns its metrics, `model` at its best weights.
+    """One run in its own folder: trains, tests, writes the files.
 
     `evaluate(model)` gives the entries that the test adds to metrics.json, `draw(model, history)` the figures as
     {name: bytes}, `training` is handed to `train_loop`. With --resume an unfinished run is continued and a complete one
@@ -403,15 +401,16 @@ def run(args, folder, model, loss_fn, data, evaluate, draw=None, **training):
             metrics = read_json(folder / "metrics.json")
             if args.eval:
                 vars(args).update({name: metrics["config"][name] for name in settings(args)})
-                load_weights(folder / "model.pt", model)
-                compare(metrics["test"], evaluate(model)["test"], folder)
             else:
                 check_settings(metrics["config"], args, folder)
-            if draw:
+            if args.eval or draw:
                 load_weights(folder / "model.pt", model)
+            if args.eval:
+                compare(metrics["test"], evaluate(model)["test"], folder)
+            if draw:
                 write_files(folder, draw(model, read_losses(folder / "losses.csv")))
             print(f"{folder}: " + ("confirmed, " if args.eval else "complete, ") + describe(metrics["test"]), flush=True)
-            return metrics
+            return
         outcome, history = train_loop(model, loss_fn, data, args, checkpoint, **training)
         config = plain(args)
         metrics = {"config": config, "environment": environment(data.train.images.device),
@@ -424,7 +423,6 @@ def run(args, folder, model, loss_fn, data, evaluate, draw=None, **training):
                              "metrics.json": json_bytes(metrics)})
         checkpoint.unlink(missing_ok=True)
         print(f"test {describe(metrics['test'])}\nfiles in {folder}", flush=True)
-        return metrics
 
 
 def study(args, folder, jobs, train, draw):
