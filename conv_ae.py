@@ -6,7 +6,6 @@
 The autoencoder of Hinton & Salakhutdinov (2006) with convolutions, trained on the mean squared error.
 """
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,7 +88,7 @@ def pca_errors(train, test, sizes):
 
 
 def plot_errors(summary):
-    figure = Figure(figsize=(7.5, 4.8))
+    figure = common.new_figure(7.5, 4.8)
     axes = figure.subplots()
     sizes, means = [row["latent"] for row in summary], [row["mse_mean"] for row in summary]
     pca = [row["pca_mse"] for row in summary]

@@ -53,8 +53,17 @@ elif [ "$status" -ne 0 ]; then
   exit "$status"
 fi
 
-for script in vae.py conv_ae.py classifier.py; do
-  [ -f "$script" ] || continue
+echo "=== vae.py"
+"$python" vae.py "$@"
+
+# The studies: one process per GPU, else one per core (at most four) with one thread each, which on two cores gets a third
+# more done than one process with two threads.
+ranks=$("$python" -c 'import torch; print(torch.cuda.device_count() or min(torch.get_num_threads(), 4))')
+for script in conv_ae.py classifier.py; do
   echo "=== $script"
-  "$python" "$script" "$@"
+  if [ "$ranks" -eq 1 ]; then
+    "$python" "$script" "$@"
+  else
+    OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$script" "$@"
+  fi
 done

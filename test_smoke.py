@@ -9,6 +9,8 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -321,11 +323,20 @@ def test_label_subsets_are_balanced_and_nested():
     assert subsets[0] != classifier.label_subset(labels, 20, seed=4).tolist()
 
 
-def test_augmentation_flips_half_of_the_images():
+def test_augmentation_flips_half_of_the_images_and_shifts_by_a_pixel_at_most():
     images = torch.rand(400, 1, 28, 28)
-    flipped = [torch.equal(after, before.flip(2)) for before, after in zip(images, classifier.augment(images))]
-    kept = [torch.equal(after, before) for before, after in zip(images, classifier.augment(images))]
-    assert 150 < sum(flipped) < 250 and 150 < sum(kept) < 250
+    shifts = set()
+    for _ in range(40):
+        augmented = classifier.augment(images)
+        for shift in itertools.product((-1, 0, 1), repeat=2):
+            inner = augmented[:, :, 1:-1, 1:-1]  # at the border a shift brings zeros in
+            kept, flipped = ((images if not flip else images.flip(3)).roll(shift, (2, 3))[:, :, 1:-1, 1:-1] == inner
+                             for flip in (False, True))
+            counts = [same.flatten(1).all(1).sum().item() for same in (kept, flipped)]
+            if sum(counts):
+                assert sum(counts) == 400 and 140 < counts[0] < 260
+                shifts.add(shift)
+    assert len(shifts) > 5
 
 
 def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
@@ -343,9 +354,9 @@ def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
     start = torch.load(encoder, weights_only=True)["model"]
     frozen, finetuned = (torch.load(study / f"{strategy}-labels200-seed0" / "model.pt", weights_only=True)["model"]
                          for strategy in ("frozen", "finetune"))
-    names = [name for name in start if name.startswith("encoder.")]
-    assert all(torch.equal(frozen[name], start[name]) for name in names)  # buffers of the batch norm included
-    assert not all(torch.equal(finetuned[name], start[name]) for name in names)
+    pairs = {name: name.replace("encoder.", "encoder.features.") for name in frozen if name.startswith("encoder.")}
+    assert all(torch.equal(frozen[own], start[name]) for own, name in pairs.items())  # batch norm's buffers included
+    assert not all(torch.equal(finetuned[own], start[name]) for own, name in pairs.items())
     classifier.main(flags + ["--eval"])
     assert capsys.readouterr().out.count("confirmed") == 6
 
@@ -355,7 +366,7 @@ def test_strategies_start_where_they_should(encoder):
     torch.manual_seed(0)
     models = {strategy: classifier.make_classifier(strategy, 32, weights) for strategy in ("scratch", "frozen", "finetune")}
     for strategy, model in models.items():
-        loaded = all(torch.equal(tensor, weights[name]) for name, tensor in model.encoder.state_dict().items())
+        loaded = all(torch.equal(tensor, weights[f"features.{name}"]) for name, tensor in model.encoder.state_dict().items())
         assert loaded == (strategy != "scratch")
         assert all(p.requires_grad == (strategy != "frozen") for p in model.encoder.parameters())
         assert all(p.requires_grad for p in model.head.parameters())
@@ -365,6 +376,30 @@ def test_no_encoder_and_one_of_another_size(flags, encoder, tmp_path, capsys):
     missing = fails(classifier.main, flags + ["--labels", "50", "--encoder", str(tmp_path / "none.pt")], capsys, 1)
     other = fails(classifier.main, flags + ["--labels", "50", "--latent", "8", "--encoder", str(encoder)], capsys, 1)
     assert "python conv_ae.py --latents 32" in missing and "python conv_ae.py --latents 8" in other
+
+
+# ---------------------------------------------------------------------------------------------------------------- studies
+
+
+def test_ranks_share_the_runs_out_and_leave_together(monkeypatch):
+    store, done, seen = torch.distributed.HashStore(), ([], []), []
+
+    def rank(number):
+        for job in common.shared_out(range(20)):
+            done[number].append(job)
+            time.sleep(0.001 * (1 + number))  # one is slower
+        seen.append(len(done[0]) + len(done[1]))
+
+    assert list(common.shared_out(range(3))) == [0, 1, 2]  # alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done[0] + done[1]) == list(range(20)) and len(done[0]) > len(done[1]) > 0
+    assert seen == [20, 20]  # neither left before the other's runs were complete
 
 
 # ----------------------------------------------------------------------------------------------------------- reliability

@@ -5,7 +5,6 @@
 The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114) on Fashion-MNIST, with an L1 reconstruction loss.
 """
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -100,7 +99,7 @@ def evaluate(model, loss_fn, data):
 
 def plot_losses(history):
     """Training loss every epoch, validation loss where it was evaluated, the best epoch marked."""
-    figure = Figure(figsize=(7, 4))
+    figure = common.new_figure(7, 4)
     axes = figure.subplots()
     checks = [(row["epoch"], row["val_loss"]) for row in history if "val_loss" in row]
     best = min(checks, key=lambda check: check[1])
@@ -116,7 +115,7 @@ def plot_losses(history):
 
 def plot_latent_pairs(mu, labels):
     """The test set's mu (N, LATENT), all pairs of dimensions, coloured by class."""
-    figure = Figure(figsize=(10, 10.6))
+    figure = common.new_figure(10, 10.6)
     grid = figure.subplots(LATENT - 1, LATENT - 1, sharex="col", sharey="row")
     shuffled = torch.randperm(len(mu), generator=torch.Generator().manual_seed(0))[:3000]  # no class hides another
     points, colors = mu[shuffled].numpy(), [common.COLORS[label] for label in labels[shuffled].tolist()]
@@ -175,7 +174,7 @@ def draw(model, history, data):
 
 @common.entry
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=200, batch_size=128, lr=4e-3, patience=25, val_every=5)
+    parser = common.make_parser(__doc__, epochs=200, batch_size=256, lr=8e-3, patience=25, val_every=5)
     parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3,
                         help="weight of the KL (default: %(default)s)")
     args = common.parse_args(parser, argv)
