@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import common
 from conv_ae import Autoencoder, Encoder
 
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 0.05
 TARGET = 0.88  # the validation accuracy whose epoch says how fast a strategy learns
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -32,10 +32,10 @@ class Classifier(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder.features
-        self.head = nn.Sequential(nn.Linear(1152, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(1152, 160), nn.ReLU(), nn.Dropout(0.2), nn.Linear(160, 10))
 
     def features(self, x):
-        return F.max_pool2d(self.encoder(x), 3, stride=2).flatten(1)
+        return F.max_pool2d(self.encoder(x), 2).flatten(1)
 
     def forward(self, x):
         return self.head(x if x.dim() == 2 else self.features(x))

@@ -200,7 +200,7 @@ def set_rng_state(device, states):
 
 
 @torch.no_grad()
-def test_loop(model, loss_fn, split, batch_size=1000, bf16=False):
+def test_loop(model, loss_fn, split, batch_size=250, bf16=False):
     """The loss function's entries over a whole split, each a mean over its images.
 
     Random draws (the VAE's) are seeded here and the generators put back: the same model gives the same figures, and
