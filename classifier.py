@@ -98,9 +98,9 @@ def cached_features(model, data):
                          for split in data))
 
 
-def load_encoder(path, latent):
-    """The encoder's weights out of an autoencoder's checkpoint, and the file's SHA-256."""
-    command = f"python conv_ae.py --latents {latent}"
+def load_encoder(path, latent, out):
+    """The encoder's weights out of an autoencoder's model.pt, and the file's SHA-256."""
+    command = f"python conv_ae.py --latents {latent} --out {out}"
     if not path.is_file():
         raise common.RunError(f"no encoder at {path}: make it with `{command}`, or give --encoder PATH")
     autoencoder = Autoencoder(latent)
@@ -223,7 +223,7 @@ def draw(runs):
 
 @common.entry
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=14, batch_size=128, lr=4e-3, patience=0, val_every=1)
+    parser = common.make_parser(__doc__, epochs=15, batch_size=128, lr=4e-3, patience=0, val_every=1)
     add = parser.add_argument
     add("--strategies", nargs="+", choices=tuple(STYLE), default=list(STYLE), action=common.Distinct, help="(default: all)")
     add("--latent", type=common.number(int, 1, 4096), default=32, metavar="SIZE",
@@ -239,7 +239,7 @@ def main(argv=None):
     device = common.get_device(args.device)
     weights = sha256 = None
     if not args.eval and set(args.strategies) != {"scratch"}:
-        weights, sha256 = load_encoder(args.encoder, args.latent)
+        weights, sha256 = load_encoder(args.encoder, args.latent, args.out)
     data = common.load_data(args.data, device)
     if not args.eval and max(args.labels) > len(data.train.labels):
         raise common.RunError(f"--labels {max(args.labels)}: the training split has {len(data.train.labels)} images")

@@ -306,6 +306,8 @@ def write_files(folder, files):
                 os.fsync(file.fileno())
         for name in files:
             os.replace(beside[name], folder / name)
+    except OSError as error:
+        raise RunError(f"{folder} can't be written ({error.strerror}): make room, or give another --out") from None
     finally:
         for path in beside.values():
             path.unlink(missing_ok=True)
@@ -370,7 +372,10 @@ def check_settings(saved, args, path):
 @contextlib.contextmanager
 def locked(folder, wait=False):
     """Holds `folder` for this process; waits, or RunError, where another one does. The lock dies with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} can't be made ({error.strerror}): give another --out") from None
     if not os.access(folder, os.W_OK):
         raise RunError(f"{folder} is not writable: give another --out")
     if fcntl is None:
@@ -518,7 +523,7 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low:g} to {high:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low:,} to {high:,}")
 
     return parse
 
