@@ -6,7 +6,6 @@ entry is what training minimises. `run` does the rest: trains it (`train_loop`),
 import argparse
 import contextlib
 import copy
-import ctypes
 import functools
 import gzip
 import hashlib
@@ -149,14 +148,6 @@ def has_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     reported = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and bool(reported.get("amx_bf16") or reported.get("avx512_bf16"))
-
-
-def keep_freed_memory():
-    """Tells glibc to keep large freed blocks: fetching them anew in every step costs a third of a VAE epoch on the CPU."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
 
 
 class EarlyStopping:
@@ -585,7 +576,6 @@ def entry(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        keep_freed_memory()
         try:
             main(argv)
         except (RunError, OSError) as error:
