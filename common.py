@@ -33,7 +33,6 @@ except ImportError:  # Windows: no lock, so do not start two runs into one folde
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 EMA_DECAY = 0.998  # per step: an average over about the last 500 steps
-WARMUP_STEPS = 200  # Adam's second moments are poor estimates before that
 CONSTANT_STEPS = 2000  # at the peak learning rate before the decay, in runs long enough
 NOT_SETTINGS = ("data", "out", "resume", "eval", "encoder")  # flags that do not change what a run computes
 OF_ONE_RUN = ("seed", "latent", "strategy", "labels")  # flags in which the runs of a study differ
@@ -172,11 +171,11 @@ class EarlyStopping:
         return 0 < self.patience <= epoch - self.reference_epoch
 
 
-def learning_rate(peak, step, steps):
+def learning_rate(peak, step, steps, warmup_steps):
     """Linear warm-up, a constant stretch, linear decay to zero, fitted to the run's length: any run ends cooled down
     (Hägele et al., 2024, arXiv:2405.18392). Half of a short run is constant, a long one decays nearly throughout."""
     decay = steps - min(steps // 2, CONSTANT_STEPS)
-    return peak * min((step + 1) / min(WARMUP_STEPS, steps), 1, (steps - step) / decay)
+    return peak * min((step + 1) / min(warmup_steps, steps), 1, (steps - step) / decay)
 
 
 def get_rng_state(device):
@@ -211,7 +210,7 @@ def test_loop(model, loss_fn, split, batch_size=250, bf16=False):
     return {name: round(total, 7) for name, total in zip(entries, totals.tolist())}  # float32 carries no more digits
 
 
-def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=False):
+def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=False, warmup_steps=200):
     """Trains `model` in place and leaves it at its best weights; returns what happened.
 
     The weights validated, kept and returned are an exponential moving average over the steps (Polyak & Juditsky, 1992):
@@ -247,7 +246,7 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
         for i, batch in enumerate(torch.randperm(count, device=device).split(args.batch_size)):
             step = (epoch - 1) * steps_per_epoch + i
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args.lr, step, steps)
+                group["lr"] = learning_rate(args.lr, step, steps, warmup_steps)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = next(iter(loss_fn(model, data.train.images[batch], data.train.labels[batch]).values()))
             optimizer.zero_grad()

@@ -190,7 +190,9 @@ def main(argv=None):
                draw=lambda model, history: draw(model, history, data),
                # Pixels that are nearly always black train their weights rarely, in steps that Adam makes large. Without
                # decay these weights grow, and with them the KL of images that are bright there.
-               weight_decay=0.01)
+               weight_decay=0.01,
+               # At the full rate from the start, one or two of the latent dimensions collapse in the first epochs.
+               warmup_steps=min(1000, 25 * args.epochs))
 
 
 if __name__ == "__main__":
