@@ -342,7 +342,7 @@ def test_augmentation_flips_half_of_the_images_and_shifts_by_a_pixel_at_most():
 
 
 def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
-    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "20"])
+    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "6"])
     study = tmp_path / "out" / "classifier"
     figures = {"learning_curves.png", "label_efficiency.png", "confusion_matrix.png"}
     runs = {f"{strategy}-labels{labels}-seed0" for strategy in ("scratch", "frozen", "finetune") for labels in (50, 200)}
