@@ -25,8 +25,8 @@ TARGET = 0.88  # the validation accuracy whose epoch says how fast a strategy le
 class Classifier(nn.Module):
     """Images (B, 1, 28, 28), or `features` of them (B, 1152), to logits (B, 10).
 
-    The head sits on the encoder's feature maps, pooled to 3x3, not on the latent vector behind them: README.md has the
-    figures.
+    The head sits on the encoder's feature maps, pooled to 3x3, not on the latent vector behind them, where a
+    frozen encoder validated worse.
     """
 
     def __init__(self, encoder):
