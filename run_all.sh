@@ -56,14 +56,17 @@ fi
 echo "=== vae.py"
 "$python" vae.py "$@"
 
-# The studies: one process per GPU, else one per core (at most four) with one thread each, which on two cores gets a third
-# more done than one process with two threads.
-ranks=$("$python" -c 'import torch; print(torch.cuda.device_count() or min(torch.get_num_threads(), 4))')
+# The studies: one process per GPU, else one per core, at most four. A process with one thread is the thriftiest: on two
+# cores two of them get a third more done than one process with two threads.
+read -r ranks threads < <("$python" -c 'import torch
+threads = torch.get_num_threads()
+ranks = torch.cuda.device_count() or min(threads, 4)
+print(ranks, max(1, threads // ranks))')
 for script in conv_ae.py classifier.py; do
   echo "=== $script"
   if [ "$ranks" -eq 1 ]; then
     "$python" "$script" "$@"
   else
-    OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$script" "$@"
+    OMP_NUM_THREADS=$threads "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$script" "$@"
   fi
 done
