@@ -255,7 +255,7 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
             decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first: the initial weights are worth nothing
             torch._foreach_lerp_(*pair, 1 - decay)
             total += loss.detach() * len(batch)
-        row = {"epoch": epoch, "train_loss": total.item() / count}
+        row = {"epoch": epoch, "train_loss": round(total.item() / count, 7)}  # as losses.csv has it
         if epoch % args.val_every == 0 or epoch == args.epochs:
             row["val"] = test_loop(average, loss_fn, data.val, bf16=bf16)
             row["val_loss"] = next(iter(row["val"].values()))
