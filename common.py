@@ -173,7 +173,8 @@ class EarlyStopping:
 
 def learning_rate(peak, step, steps, warmup_steps):
     """Linear warm-up, a constant stretch, linear decay to zero, fitted to the run's length: any run ends cooled down
-    (Hägele et al., 2024, arXiv:2405.18392). Half of a short run is constant, a long one decays nearly throughout."""
+    (Hägele et al., 2024, arXiv:2405.18392). Half of a short run is constant, a long one decays nearly throughout. The
+    warm-up is there because Adam's second moments are poor estimates in the first steps."""
     decay = steps - min(steps // 2, CONSTANT_STEPS)
     return peak * min((step + 1) / min(warmup_steps, steps), 1, (steps - step) / decay)
 
