@@ -74,8 +74,8 @@ def pca_errors(train, test, sizes):
     """
     train, test = train.flatten(1).cpu().double(), test.flatten(1).cpu().double()
     mean = train.mean(0)
-    centred = train - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred / len(train))  # ascending eigenvalues
+    train -= mean
+    _, vectors = torch.linalg.eigh(train.T @ train / len(train))  # ascending eigenvalues
     errors = {}
     for size in sizes:
         basis = vectors[:, -min(size, vectors.shape[1]):]

@@ -1,4 +1,5 @@
 """Fast, offline tests through the scripts' own `main`, on a small dataset that they write themselves."""
+import argparse
 import gzip
 import hashlib
 import itertools
@@ -178,6 +179,23 @@ def test_early_stopping_through_main(flags, tmp_path, no_figures):
     assert result["epochs_run"] == 15
     checks = {row["epoch"]: row["loss"] for row in result["validation"]}
     assert list(checks) == [5, 10, 15] and result["best_epoch"] == min(checks, key=checks.get)
+
+
+def test_hard_images_are_drawn_three_times_as_often(tmp_path):
+    drawn = []
+
+    def loss_fn(model, images, labels):
+        if not model.training:
+            return {"loss": torch.tensor(1.0)}
+        drawn.append(labels)
+        return {"loss": model.weight.sum(), "difficulty": (labels < 1000).float()}
+
+    split = common.Split(torch.zeros(2000, 1), torch.arange(2000))
+    args = argparse.Namespace(lr=1e-3, epochs=11, batch_size=500, patience=0, min_delta=0, val_every=11, resume=False)
+    common.train_loop(torch.nn.Linear(1, 1), loss_fn, common.Data(split, split, split), args, tmp_path / "checkpoint.pt")
+    labels = torch.cat(drawn)
+    assert torch.equal(labels[:2000].sort().values, torch.arange(2000))  # the first epoch: each image once
+    assert (labels[2000:] < 1000).double().mean().item() == pytest.approx(1.5 / 2, abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------------- VAE
@@ -536,24 +554,29 @@ def test_second_run_into_one_folder_is_refused(flags, tmp_path, capsys):
         conv_ae.main(flags + ["--latents", "2", "--epochs", "1"])  # another folder
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(number, code, flags, tmp_path, capsys, monkeypatch, no_figures):
-    flags = flags + ["--epochs", "12"]
-    vae.main(flags + ["--out", str(tmp_path / "whole")])
-    genuine, calls = vae.loss_function, itertools.count()
+@pytest.mark.parametrize("script, loss_name, own, number, code", [
+    (vae, "loss_function", [], signal.SIGINT, 130),
+    (classifier, "loss_fn", ["--strategies", "scratch", "--labels", "200", "--seeds", "1"], signal.SIGTERM, 143)])
+def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(
+        script, loss_name, own, number, code, flags, tmp_path, capsys, monkeypatch, no_figures):
+    monkeypatch.setattr(classifier, "labelled", lambda data, count, seed: data)  # each image once an epoch, for speed
+    flags = flags + ["--epochs", "12", *own]
+    script.main(flags + ["--out", str(tmp_path / "whole")])
+    genuine, calls = getattr(script, loss_name), itertools.count()
 
     def loss_function(*args):
-        if next(calls) == 30:  # in the seventh epoch
+        if next(calls) == 33:  # in the seventh epoch
             signal.raise_signal(number)
         return genuine(*args)
 
-    monkeypatch.setattr(vae, "loss_function", loss_function)
-    assert "--resume" in fails(vae.main, flags, capsys, code)
-    assert "--lr" in fails(vae.main, flags + ["--resume", "--lr", "0.001"], capsys, 1)
-    vae.main(flags + ["--resume"])
-    assert same_weights(tmp_path / "whole" / "vae", tmp_path / "out" / "vae")
-    assert everything(tmp_path / "whole" / "vae")["losses.csv"] == everything(tmp_path / "out" / "vae")["losses.csv"]
-    assert not (tmp_path / "out" / "vae" / "checkpoint.pt").exists()
+    monkeypatch.setattr(script, loss_name, loss_function)
+    assert "--resume" in fails(script.main, flags, capsys, code)
+    assert "--lr" in fails(script.main, flags + ["--resume", "--lr", "0.001"], capsys, 1)
+    script.main(flags + ["--resume"])
+    whole, resumed = (next((tmp_path / name).glob("**/model.pt")).parent for name in ("whole", "out"))
+    assert same_weights(whole, resumed)
+    assert everything(whole)["losses.csv"] == everything(resumed)["losses.csv"]
+    assert not (resumed / "checkpoint.pt").exists()
 
 
 def same_weights(*folders):
