@@ -53,7 +53,7 @@ elif [ "$status" -ne 0 ]; then
   exit "$status"
 fi
 
-# glibc would give the memory of each step back to the system and fault it in again at the next: a tenth of the time.
+# glibc would give the memory of each step back to the system and fault it in again at the next: up to a tenth of the time.
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
 echo "=== vae.py"

@@ -547,7 +547,7 @@ def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(
     genuine, calls = getattr(script, loss_name), itertools.count()
 
     def loss_function(*args):
-        if next(calls) == 33:  # in the seventh epoch
+        if next(calls) == 33:  # in the VAE's ninth epoch, the classifier's seventh
             signal.raise_signal(number)
         return genuine(*args)
 
