@@ -34,6 +34,7 @@ except ImportError:  # Windows: no lock, so do not start two runs into one folde
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 EMA_DECAY = 0.998  # per step: an average over about the last 500 steps
 CONSTANT_STEPS = 2000  # at the peak learning rate before the decay, in runs long enough
+HARD_EPOCHS = 15  # with hard images drawn more often; for longer, a run learns the ambiguous ones by heart
 NOT_SETTINGS = ("data", "out", "resume", "eval", "encoder")  # flags that do not change what a run computes
 OF_ONE_RUN = ("seed", "latent", "strategy", "labels")  # flags in which the runs of a study differ
 OF_STUDY = ("seeds", "latents", "strategies")  # flags that say which runs a study has
@@ -215,7 +216,9 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
     """Trains `model` in place and leaves it at its best weights; returns what happened.
 
     The weights validated, kept and returned are an exponential moving average over the steps (Polyak & Juditsky, 1992):
-    they are where a constant learning rate's noise cancels out. Everything needed to go on is in the file `checkpoint`
+    they are where a constant learning rate's noise cancels out. Where the loss function also returns `difficulty`, a number
+    in [0, 1] for each image of the batch, hard images are drawn up to three times as often as easy ones from epoch 2 to
+    HARD_EPOCHS (online batch selection, Loshchilov & Hutter, 2016). Everything needed to go on is in the file `checkpoint`
     after every epoch (or every few, where an epoch is short). RunError where the loss is not finite, or where the
     checkpoint has other flags.
     """
@@ -227,6 +230,8 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
     pair = [[tensor for tensor in m.state_dict().values() if tensor.is_floating_point()] for m in (average, model)]
     stopping, history = EarlyStopping(args.patience, args.min_delta), []
     seconds, first, saved, save_seconds = 0.0, 1, 0, 0
+    count = len(data.train.images)
+    difficulty = torch.zeros(count, device=device)  # of each image when it was last seen
     if args.resume and checkpoint.exists():
         state = load_file(checkpoint)
         check_settings(state["config"], args, checkpoint)
@@ -235,22 +240,29 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
         optimizer.load_state_dict(state["optimizer"])
         vars(stopping).update(state["stopping"])
         history, seconds, first = state["history"], state["seconds"], state["history"][-1]["epoch"] + 1
+        difficulty = state["difficulty"].to(device)
         set_rng_state(device, state["rng"])
     elif checkpoint.exists():
         print(f"{checkpoint} of an unfinished run is replaced; --resume would have continued it")
-    count = len(data.train.images)
     steps_per_epoch = math.ceil(count / args.batch_size)
     steps = steps_per_epoch * args.epochs
     for epoch in range(first, args.epochs + 1):
         start = time.perf_counter()
         model.train()
         total = torch.zeros((), device=device)
-        for i, batch in enumerate(torch.randperm(count, device=device).split(args.batch_size)):
+        if epoch <= HARD_EPOCHS and difficulty.any():
+            order = torch.multinomial(0.5 + difficulty, count, replacement=True)
+        else:
+            order = torch.randperm(count, device=device)
+        for i, batch in enumerate(order.split(args.batch_size)):
             step = (epoch - 1) * steps_per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args.lr, step, steps, warmup_steps)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = next(iter(loss_fn(model, data.train.images[batch], data.train.labels[batch]).values()))
+                entries = loss_fn(model, data.train.images[batch], data.train.labels[batch])
+            loss = next(iter(entries.values()))
+            if "difficulty" in entries:
+                difficulty[batch] = entries["difficulty"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -278,7 +290,7 @@ def train_loop(model, loss_fn, data, args, checkpoint, weight_decay=0.0, bf16=Fa
             write_files(checkpoint.parent, {checkpoint.name: torch_bytes({
                 "config": settings(args), "model": model.state_dict(), "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(), "stopping": vars(stopping), "history": history,
-                "seconds": seconds, "rng": get_rng_state(device)})})
+                "difficulty": difficulty, "seconds": seconds, "rng": get_rng_state(device)})})
             save_seconds = time.perf_counter() - saved
     model.load_state_dict(stopping.best_weights)
     outcome = {"epochs_run": history[-1]["epoch"], "best_epoch": stopping.best_epoch, "train_seconds": round(seconds, 2)}

@@ -1,4 +1,5 @@
 """Fast, offline tests through the scripts' own `main`, on a small dataset that they write themselves."""
+import argparse
 import gzip
 import hashlib
 import itertools
@@ -180,6 +181,24 @@ def test_early_stopping_through_main(flags, tmp_path, no_figures):
     assert list(checks) == [5, 10, 15] and result["best_epoch"] == min(checks, key=checks.get)
 
 
+def test_hard_images_are_drawn_three_times_as_often_in_the_first_epochs(tmp_path):
+    drawn = []
+
+    def loss_fn(model, images, labels):
+        if not model.training:
+            return {"loss": torch.tensor(1.0)}
+        drawn.append(labels)
+        return {"loss": model.weight.sum(), "difficulty": (labels < 1000).float()}
+
+    split = common.Split(torch.zeros(2000, 1), torch.arange(2000))
+    args = argparse.Namespace(lr=1e-3, epochs=17, batch_size=500, patience=0, min_delta=0, val_every=17, resume=False)
+    common.train_loop(torch.nn.Linear(1, 1), loss_fn, common.Data(split, split, split), args, tmp_path / "checkpoint.pt")
+    epochs = torch.cat(drawn).view(17, 2000)
+    for epoch in (0, 15, 16):  # each image once
+        assert torch.equal(epochs[epoch].sort().values, torch.arange(2000))
+    assert (epochs[1:15] < 1000).double().mean().item() == pytest.approx(1.5 / 2, abs=0.01)
+
+
 # ------------------------------------------------------------------------------------------------------------------- VAE
 
 
@@ -333,16 +352,18 @@ def test_augmentation_flips_half_of_the_images_and_shifts_by_a_pixel_at_most():
         versions[flipped, down, right] = moved[:, :, 1:-1, 1:-1]
     seen = []
     for _ in range(20):
-        augmented = classifier.augment(images)[:, :, 1:-1, 1:-1]
+        augmented = classifier.augment(images, shifted=1.0)[:, :, 1:-1, 1:-1]
         matches = [[key for key, version in versions.items() if torch.equal(version[i], augmented[i])] for i in range(100)]
         assert all(len(match) == 1 for match in matches)
         seen += [match[0] for match in matches]
     assert len({key[1:] for key in seen}) > 5
     assert 850 < sum(flipped for flipped, _, _ in seen) < 1150
+    assert all(torch.equal(after, before) or torch.equal(after, before.flip(2))
+               for after, before in zip(classifier.augment(images, shifted=0.0), images))
 
 
 def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
-    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "4"])
+    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "6"])
     study = tmp_path / "out" / "classifier"
     figures = {"learning_curves.png", "label_efficiency.png", "confusion_matrix.png"}
     runs = {f"{strategy}-labels{labels}-seed0" for strategy in ("scratch", "frozen", "finetune") for labels in (50, 200)}
@@ -546,10 +567,10 @@ def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(
     script.main(flags + ["--out", str(tmp_path / "whole")])
     genuine, calls = getattr(script, loss_name), itertools.count()
 
-    def loss_function(*args):
+    def loss_function(*args, **options):
         if next(calls) == 33:  # in the VAE's ninth epoch, the classifier's seventh
             signal.raise_signal(number)
-        return genuine(*args)
+        return genuine(*args, **options)
 
     monkeypatch.setattr(script, loss_name, loss_function)
     assert "--resume" in fails(script.main, flags, capsys, code)
