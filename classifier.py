@@ -59,8 +59,8 @@ def augment(images, shifted):
 
 
 def loss_fn(model, inputs, labels, shifted=1.0):
-    """Cross-entropy in nats and accuracy. In training label smoothing 0.05 (Szegedy et al., 2016), and in accuracy's place
-    each image's difficulty, (B,): the probability that the model gives to the wrong classes."""
+    """Cross-entropy in nats and accuracy. In training, on images moved as `augment` says, with label smoothing 0.05
+    (Szegedy et al., 2016), and in accuracy's place each image's difficulty, (B,): the probability of the wrong classes."""
     if not model.training:
         logits = model(inputs).float()
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
