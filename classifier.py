@@ -48,23 +48,33 @@ def make_classifier(strategy, latent, encoder_weights):
 # ------------------------------------------------------------------------------------------------------------------ loss
 
 
-def augment(images, shifted):
-    """Each image flipped left to right with probability 1/2, and with probability `shifted` the batch moved by up to a
-    pixel each way."""
-    images = torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
-    if torch.rand(()) >= shifted:
-        return images
-    down, right = torch.randint(3, (2,)).tolist()
-    return F.pad(images, (1, 1, 1, 1))[:, :, down:down + 28, right:right + 28]
+def augment(images, shifted, erased):
+    """Each image flipped left to right with probability 1/2; with probability `shifted` the batch moved by up to a pixel
+    each way; with probability `erased` a rectangle of the image, its sides up to half the image's, filled with noise
+    (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
+    count, device = len(images), images.device
+    images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(3), images)
+    if torch.rand(()) < shifted:
+        down, right = torch.randint(3, (2,)).tolist()
+        images = F.pad(images, (1, 1, 1, 1))[:, :, down:down + 28, right:right + 28]
+    if erased > 0:
+        size = torch.randint(1, 15, (count, 2, 1), device=device)
+        start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
+        pixel = torch.arange(28, device=device)
+        inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28): of the rows and of the columns
+        box = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
+        box &= torch.rand(count, 1, 1, 1, device=device) < erased
+        images = torch.where(box, torch.rand_like(images), images)
+    return images
 
 
-def loss_fn(model, inputs, labels, shifted=1.0):
+def loss_fn(model, inputs, labels, shifted=1.0, erased=0.0):
     """Cross-entropy in nats and accuracy. In training, on images moved as `augment` says, with label smoothing 0.05
     (Szegedy et al., 2016), and in accuracy's place each image's difficulty, (B,): the probability of the wrong classes."""
     if not model.training:
         logits = model(inputs).float()
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
-    logits = model(augment(inputs, shifted) if inputs.shape[1] == 1 else inputs).float()
+    logits = model(augment(inputs, shifted, erased) if inputs.shape[1] == 1 else inputs).float()
     right = logits.detach().softmax(1).gather(1, labels[:, None]).squeeze(1)
     return {"loss": F.cross_entropy(logits, labels, label_smoothing=0.05), "difficulty": 1 - right}
 
@@ -271,8 +281,10 @@ def main(argv=None):
         inputs = data
         if not args.eval:
             inputs = labelled(features() if run_args.strategy == "frozen" else data, run_args.labels, run_args.seed)
-        # An image seen more often can do with more augmentation: few labels and long runs get all of it.
-        loss = functools.partial(loss_fn, shifted=min(1.0, run_args.epochs * passes(run_args.labels) / 30))
+        # An image seen more often can do with more augmentation: few labels and long runs get all the shifts. Erasing pays
+        # in long runs only (at 60 epochs 0.948 against 0.945 in validation), with 100 labels it makes no difference.
+        loss = functools.partial(loss_fn, shifted=min(1.0, run_args.epochs * passes(run_args.labels) / 30),
+                                 erased=min(1.0, max(0.0, run_args.epochs / 30 - 1)))
         common.run(run_args, folder, model, loss, inputs, evaluate=lambda model: evaluate(model, data.test),
                    weight_decay=WEIGHT_DECAY, bf16=common.has_bf16(device))
 

@@ -352,14 +352,28 @@ def test_augmentation_flips_half_of_the_images_and_shifts_by_a_pixel_at_most():
         versions[flipped, down, right] = moved[:, :, 1:-1, 1:-1]
     seen = []
     for _ in range(20):
-        augmented = classifier.augment(images, shifted=1.0)[:, :, 1:-1, 1:-1]
+        augmented = classifier.augment(images, shifted=1.0, erased=0.0)[:, :, 1:-1, 1:-1]
         matches = [[key for key, version in versions.items() if torch.equal(version[i], augmented[i])] for i in range(100)]
         assert all(len(match) == 1 for match in matches)
         seen += [match[0] for match in matches]
     assert len({key[1:] for key in seen}) > 5
     assert 850 < sum(flipped for flipped, _, _ in seen) < 1150
     assert all(torch.equal(after, before) or torch.equal(after, before.flip(2))
-               for after, before in zip(classifier.augment(images, shifted=0.0), images))
+               for after, before in zip(classifier.augment(images, shifted=0.0, erased=0.0), images))
+
+
+def test_augmentation_erases_one_rectangle_of_up_to_half_the_sides():
+    images = torch.ones(4000, 1, 28, 28)
+    for share in (0.25, 1.0):
+        changed = (classifier.augment(images, shifted=0.0, erased=share) != 1).squeeze(1)
+        hit = changed.any(2).any(1)
+        assert hit.double().mean().item() == pytest.approx(share, abs=0.03)
+        sides = [changed[hit].any(axis).sum(1) for axis in (1, 2)]  # columns, then rows
+        assert all(side.max() == 14 and side.double().mean().item() == pytest.approx(7.5, abs=0.4) for side in sides)
+        assert torch.equal(sides[0] * sides[1], changed[hit].sum((1, 2)))  # all of the box and nothing else
+        for axis in (1, 2):  # in one piece, and up to the edges
+            inside = changed[hit].any(axis).int()
+            assert (inside.diff(dim=1) == 1).sum(1).max() <= 1 and inside[:, 0].any() and inside[:, 27].any()
 
 
 def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
