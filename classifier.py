@@ -5,6 +5,9 @@
 """
 import functools
 import hashlib
+import itertools
+from collections import defaultdict
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -13,77 +16,61 @@ from torch.nn import functional as F
 import common
 from conv_ae import Autoencoder, Encoder
 
-WEIGHT_DECAY = 0.05
-TARGET = 0.88  # the validation accuracy whose epoch says how fast a strategy learns
-
-# ----------------------------------------------------------------------------------------------------------------- model
-
+# ---------------------------------------------------------------------------------------------------------------- model
 
 class Classifier(nn.Module):
-    """Images (B, 1, 28, 28), or the encoder's feature maps of them (B, 128, 5, 5), to logits (B, 10).
+    """Images (B, 1, 28, 28) to logits (B, 10).
 
-    The head sits on the feature maps, not on the latent vector behind them, where a frozen encoder validated worse.
+    The head sits on the encoder's feature maps, not on the latent vector behind them, where a frozen encoder validated
+    worse.
     """
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, dropout):
         super().__init__()
         self.encoder = encoder.features
-        self.head = nn.Sequential(nn.Dropout(0.2), nn.Flatten(), nn.Linear(128 * 5 * 5, 64), nn.ReLU(),
-                                  nn.Dropout(0.2), nn.Linear(64, 10))
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(128 * 5 * 5, 64), nn.ReLU(),
+                                  nn.Dropout(dropout), nn.Linear(64, 10))
 
     def forward(self, x):
-        return self.head(self.encoder(x) if x.shape[1] == 1 else x)
+        return self.head(self.encoder(x))
 
+# ----------------------------------------------------------------------------------------------------------------- loss
 
-def make_classifier(strategy, latent, encoder_weights):
-    """`scratch`: random encoder. `frozen`: the autoencoder's, never updated. `finetune`: the autoencoder's, trained on."""
-    encoder = Encoder(latent)
-    if strategy != "scratch" and encoder_weights is not None:  # None: the classifier's own weights are loaded next
-        encoder.load_state_dict(encoder_weights)
-    model = Classifier(encoder)
-    model.encoder.requires_grad_(strategy != "frozen")
-    return model
-
-
-# ------------------------------------------------------------------------------------------------------------------ loss
-
-
-def augment(images, shifted, erased):
-    """Each image flipped left to right with probability 1/2; with probability `shifted` the batch moved by up to a pixel
-    each way; with probability `erased` a rectangle of the image, its sides up to half the image's, filled with noise
-    (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
+def augment(images, args):
+    """Each image flipped left to right with probability 1/2. The batch shifted by up to a pixel each way, the more
+    often the more often a run sees an image. In long runs, a rectangle of each image, its sides up to half the image's,
+    filled with noise (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
     count, device = len(images), images.device
     images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(3), images)
-    if torch.rand(()) < shifted:
+    if torch.rand(()) < args.epochs * passes(args.labels) / args.shift_epochs:
         down, right = torch.randint(3, (2,)).tolist()
         images = F.pad(images, (1, 1, 1, 1))[:, :, down:down + 28, right:right + 28]
-    if erased > 0:
+    erase = args.epochs / args.erase_epochs - 1
+    if erase > 0:
         size = torch.randint(1, 15, (count, 2, 1), device=device)
         start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
         pixel = torch.arange(28, device=device)
         inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28): of the rows and of the columns
         box = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
-        box &= torch.rand(count, 1, 1, 1, device=device) < erased
+        box &= torch.rand(count, 1, 1, 1, device=device) < erase
         images = torch.where(box, torch.rand_like(images), images)
     return images
 
+def scores(logits, labels, label_smoothing=0.0):
+    """Mean cross-entropy in nats, with label smoothing (Szegedy et al., 2016), and accuracy."""
+    return {"loss": F.cross_entropy(logits, labels, label_smoothing=label_smoothing),
+            "accuracy": (logits.argmax(1) == labels).float().mean()}
 
-def loss_fn(model, inputs, labels, shifted=1.0, erased=0.0):
-    """Cross-entropy in nats and accuracy. In training, on images as `augment` makes them, with label smoothing 0.05
-    (Szegedy et al., 2016), and in accuracy's place each image's difficulty, (B,): the probability of the wrong classes."""
-    if not model.training:
-        logits = model(inputs).float()
-        return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
-    logits = model(augment(inputs, shifted, erased) if inputs.shape[1] == 1 else inputs).float()
-    right = logits.detach().softmax(1).gather(1, labels[:, None]).squeeze(1)
-    return {"loss": F.cross_entropy(logits, labels, label_smoothing=0.05), "difficulty": 1 - right}
+def loss_fn(model, inputs, labels, args):
+    """The scores of a batch of images, or of the features of a frozen encoder, which can't be augmented."""
+    if model.training and args.strategy != "frozen":
+        inputs = augment(inputs, args)
+    return scores(common.forward(model, inputs.float()), labels, args.label_smoothing if model.training else 0.0)
 
-
-# ------------------------------------------------------------------------------------------------------------------ data
-
+# ----------------------------------------------------------------------------------------------------------------- data
 
 def label_subset(labels, count, seed):
-    """Indices of `count` labelled images, classes in equal shares (to one), nested: a larger count holds a smaller one's."""
+    """Indices of `count` images, classes in equal shares (to one), nested: a larger count holds a smaller one's."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     rank = torch.empty_like(labels)  # of each image among its own class, in this order
     for label in labels.unique():
@@ -91,113 +78,100 @@ def label_subset(labels, count, seed):
         rank[own] = torch.arange(len(own), device=labels.device)
     return order[rank[order].argsort(stable=True)][:count]
 
-
 def passes(count):
     """How often an epoch goes over `count` labels: so that 100 get more than a step an epoch, and still cost little."""
     return max(1, round((5_000 / count) ** 0.5))
 
-
-def labelled(data, count, seed):
-    """`data` with its training split cut to `count` labels, repeated so that an epoch is worth its time."""
-    if count == len(data.train.labels) and passes(count) == 1:
-        return data  # not a copy: it would be the largest thing in memory
-    chosen = label_subset(data.train.labels, count, seed).repeat(passes(count))
-    return data._replace(train=common.Split(data.train.images[chosen], data.train.labels[chosen]))
-
+def labelled(split, count, seed):
+    """The training split cut to `count` labels, repeated so that an epoch is worth its time."""
+    if count == len(split.labels) and passes(count) == 1:
+        return split  # not a copy: it would be the largest thing in memory
+    chosen = label_subset(split.labels, count, seed).repeat(passes(count))
+    return common.Split(split.images[chosen], split.labels[chosen])
 
 @torch.no_grad()
-def cached_features(model, data):
-    """`data` with the frozen encoder's feature maps in the images' place: without augmentation they never change."""
+def predict(model, images, dtype=torch.float32):
+    """model(images) in evaluation, by chunks that fit into the cache."""
     model.eval()
-    device = data.train.images.device
-    bf16 = common.has_bf16(device)
+    return torch.cat([model(chunk).to(dtype) for chunk in images.split(250)])
 
-    def features(images):
-        cache = torch.empty(len(images), 128, 5, 5, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for part, place in zip(images.split(250), cache.split(250)):
-                place.copy_(model.encoder(part))
-        return cache
+def frozen_features(encoder, data):
+    """The training and validation splits with the encoder's features (N, 3200) in the images' place: computed once, as
+    without augmentation they never change; in half precision, as they are the largest thing in memory."""
+    encoder = nn.Sequential(encoder.features, nn.Flatten()).to(data.train.images.device)
+    splits = {"train": data.train, "val": data.val}
+    return SimpleNamespace(**{name: common.Split(predict(encoder, split.images, torch.float16), split.labels)
+                              for name, split in splits.items()})
 
-    return common.Data(*(common.Split(features(split.images), split.labels) for split in data))
-
-
-def load_encoder(path, latent, out):
-    """The encoder's weights out of an autoencoder's model.pt, and the file's SHA-256."""
-    command = f"python conv_ae.py --latents {latent} --out {out}"
-    if not path.is_file():
-        raise common.RunError(f"no encoder at {path}: make it with `{command}`, or give --encoder PATH")
-    autoencoder = Autoencoder(latent)
+def load_encoder(args):
+    """The encoder of the autoencoder at --encoder, and a hash of its weights."""
+    command = f"python conv_ae.py --latents {args.latent} --out {args.out}"
+    if not args.encoder.is_file():
+        raise common.RunError(f"no encoder at {args.encoder}: make it with `{command}`, or give --encoder PATH")
+    autoencoder = Autoencoder(args.latent)
     try:
-        common.load_weights(path, autoencoder)
+        common.load(args.encoder, autoencoder)
     except common.RunError as error:
-        raise common.RunError(f"{error}; `{command}` makes one of --latent {latent}") from None
-    return autoencoder.encoder.state_dict(), hashlib.sha256(path.read_bytes()).hexdigest()
+        raise common.RunError(f"{error}; `{command}` makes one of --latent {args.latent}") from None
+    weights = b"".join(tensor.numpy().tobytes() for tensor in autoencoder.encoder.state_dict().values())
+    return autoencoder.encoder, hashlib.sha256(weights).hexdigest()[:16]
 
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
-
-
-@torch.no_grad()
 def evaluate(model, test):
-    """Accuracy and loss on the test set, and the confusion matrix: rows the true class, columns the predicted one."""
-    predicted = []  # kept in passing by the same pass over the test set that gives the accuracy
-    hook = model.register_forward_hook(lambda module, inputs, logits: predicted.append(logits.argmax(1)))
-    metrics = common.test_loop(model, loss_fn, test)
-    hook.remove()
-    return {"test": metrics,
-            "confusion": torch.bincount(10 * test.labels + torch.cat(predicted), minlength=100).view(10, 10).tolist()}
+    """The scores of the test set, and the confusion matrix: rows the true class, columns the predicted one."""
+    logits = predict(model, test.images)
+    return {"test": {name: round(value.item(), 7) for name, value in scores(logits, test.labels).items()},
+            "confusion": torch.bincount(10 * test.labels + logits.argmax(1), minlength=100).view(10, 10).tolist()}
 
+def by_cell(runs):
+    """The runs by (labels, strategy), in order."""
+    cells = defaultdict(list)
+    for run in runs:
+        cells[run["config"]["labels"], run["config"]["strategy"]].append(run)
+    return dict(sorted(cells.items()))
 
-def runs_of(runs, strategy, labels):
-    return [run for run in runs if (run["config"]["strategy"], run["config"]["labels"]) == (strategy, labels)]
-
+def val_accuracy(run, epoch):
+    """None where that epoch was not validated."""
+    return next((check["accuracy"] for check in run["validation"] if check["epoch"] == epoch), None)
 
 def summarize(runs):
-    """One row per strategy and label count, over seeds: what it ends at, and how fast it gets there."""
+    """One row per label count and strategy, over seeds: what it ends at, and how far it is after the first epoch."""
     summary = []
-    for labels, strategy in sorted({(run["config"]["labels"], run["config"]["strategy"]) for run in runs}):
-        same = runs_of(runs, strategy, labels)
+    for (labels, strategy), same in by_cell(runs).items():
         row = {"strategy": strategy, "labels": labels, "n": len(same), "parameters": same[0]["parameters"]}
-        row["test_accuracy_mean"], row["test_accuracy_std"] = common.mean_std(run["test"]["accuracy"] for run in same)
-        row["test_loss_mean"], row["test_loss_std"] = common.mean_std(run["test"]["loss"] for run in same)
-        best = [next(check["accuracy"] for check in run["validation"] if check["epoch"] == run["best_epoch"])
-                for run in same]
-        row["val_accuracy_mean"], row["val_accuracy_std"] = common.mean_std(best)
-        first = [run["validation"][0]["accuracy"] for run in same]
-        row["val_accuracy_first_epoch_mean"], row["val_accuracy_first_epoch_std"] = common.mean_std(first)
-        reached = [next((check["epoch"] for check in run["validation"] if check["accuracy"] >= TARGET), None)
-                   for run in same]
-        row["epochs_to_088_mean"] = None if None in reached else sum(reached) / len(reached)
+        for name, values in {"test_accuracy": [run["test"]["accuracy"] for run in same],
+                             "test_loss": [run["test"]["loss"] for run in same],
+                             "val_accuracy": [val_accuracy(run, run["best_epoch"]) for run in same],
+                             "val_accuracy_first_epoch": [val_accuracy(run, 1) for run in same]}.items():
+            row[f"{name}_mean"], row[f"{name}_std"] = (None, None) if None in values else common.mean_std(values)
         summary.append(row)
     return summary
 
-
-# --------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 STYLE = {"scratch": ("o-", common.COLORS[0]), "frozen": ("s--", common.COLORS[1]), "finetune": ("^-", common.COLORS[2])}
 
-
 def plot_learning_curves(runs):
-    """Validation accuracy by epoch at the largest label count: mean and spread (one std) over seeds."""
-    figure = common.new_figure(7.5, 4.5)
-    axes = figure.subplots()
-    labels = max(run["config"]["labels"] for run in runs)
-    for strategy, (line, color) in STYLE.items():
-        same = runs_of(runs, strategy, labels)
-        if not same:
-            continue
-        epochs = [check["epoch"] for check in same[0]["validation"]]
-        spread = [common.mean_std(run["validation"][i]["accuracy"] for run in same) for i in range(len(epochs))]
-        means = [mean for mean, _ in spread]
-        axes.plot(epochs, means, line, color=color, markersize=4, label=f"{strategy} (n={len(same)})")
-        axes.fill_between(epochs, [mean - (std or 0) for mean, std in spread], [mean + (std or 0) for mean, std in spread],
-                          color=color, alpha=0.25)
-    axes.set(xlabel="epoch", ylabel="validation accuracy", title=f"{labels:,} labels")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    return common.png(figure)
-
+    """Validation accuracy by epoch, a panel per label count: mean and spread (one std) over seeds."""
+    cells = by_cell(runs)
+    counts = sorted({labels for labels, _ in cells})
+    figure = common.new_figure(max(6, 3.6 * len(counts)), 4)
+    for labels, axes in zip(counts, figure.subplots(1, len(counts), squeeze=False)[0]):
+        for strategy, (line, color) in STYLE.items():
+            accuracies = defaultdict(list)  # by epoch; a run that stopped early is in the mean up to its end
+            for run in cells.get((labels, strategy), []):
+                for check in run["validation"]:
+                    accuracies[check["epoch"]].append(check["accuracy"])
+            means, stds = zip(*map(common.mean_std, accuracies.values())) if accuracies else ((), ())
+            axes.plot(list(accuracies), means, line, color=color, markersize=4, label=strategy)
+            axes.fill_between(list(accuracies), [m - (s or 0) for m, s in zip(means, stds)],
+                              [m + (s or 0) for m, s in zip(means, stds)], color=color, alpha=0.25)
+        axes.set(xlabel="epoch", title=f"{labels:,} labels")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation accuracy")
+    figure.axes[0].legend(loc="lower right")
+    return figure
 
 def plot_label_efficiency(summary):
     """Test accuracy over the number of labels: mean and one std over seeds."""
@@ -216,8 +190,7 @@ def plot_label_efficiency(summary):
     axes.set(xlabel="labelled training images", ylabel="test accuracy")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    return common.png(figure)
-
+    return figure
 
 def plot_confusion(run):
     figure = common.new_figure(8, 7.2)
@@ -227,72 +200,76 @@ def plot_confusion(run):
     for row in range(10):
         for column in range(10):
             dark = counts[row, column] > counts.max() / 3
-            axes.text(column, row, counts[row, column].item(), ha="center", va="center", color="white" if dark else "black")
+            color = "white" if dark else "black"
+            axes.text(column, row, counts[row, column].item(), ha="center", va="center", color=color)
     axes.set_xticks(range(10), common.CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(10), common.CLASSES)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="predicted", ylabel="true", title=f"test images: {run['folder']}")
-    return common.png(figure)
+    return figure
 
-
-def draw(runs):
+def plot(runs):
     """Summary and figures; the confusion matrix is that of the strategy with the best validation accuracy."""
     summary = summarize(runs)
-    best = max((row for row in summary if row["labels"] == summary[-1]["labels"]), key=lambda row: row["val_accuracy_mean"])
-    return summary, {"learning_curves.png": plot_learning_curves(runs),
-                     "label_efficiency.png": plot_label_efficiency(summary),
-                     "confusion_matrix.png": plot_confusion(runs_of(runs, best["strategy"], best["labels"])[0])}
+    best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
+    first = by_cell(runs)[best["labels"], best["strategy"]][0]
+    return summary, {"learning_curves.png": plot_learning_curves(runs), "confusion_matrix.png": plot_confusion(first),
+                     "label_efficiency.png": plot_label_efficiency(summary)}
 
+# ----------------------------------------------------------------------------------------------------------------- main
 
-# ------------------------------------------------------------------------------------------------------------------ main
+def make_model(args, encoder, encoder_hash):
+    """`scratch`: a random encoder. `frozen`: the autoencoder's, never updated. `finetune`: the same, trained on.
 
+    What a run starts from is in its config. With --eval there is no `encoder`: the run's own weights are loaded next.
+    """
+    model = Classifier(Encoder(args.latent), args.dropout)
+    if args.strategy == "scratch":
+        args.encoder_hash = None
+    elif encoder:
+        args.encoder_hash = encoder_hash
+        model.encoder.load_state_dict(encoder.features.state_dict())
+    return model.to(args.device, memory_format=torch.channels_last)
 
-@common.entry
+@common.cli()
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=16, batch_size=128, lr=4e-3, patience=0, val_every=1)
+    parser = common.make_parser(__doc__, epochs=16, batch_size=128, lr=4e-3, patience=0, val_every=1, weight_decay=0.05,
+                                label_smoothing=0.05, dropout=0.2, shift_epochs=30, erase_epochs=30)
     add = parser.add_argument
-    add("--strategies", nargs="+", choices=tuple(STYLE), default=list(STYLE), action=common.Distinct, help="(default: all)")
+    add("--strategies", nargs="+", choices=tuple(STYLE), default=list(STYLE), help="(default: all)")
     add("--latent", type=common.number(int, 1, 4096), default=32, metavar="SIZE",
-        help="the encoder's (default: %(default)s)")
+        help="the encoder's latent dimensions (default: %(default)s)")
     # The longest runs first: where processes share them out, none is left alone with a long one at the end.
-    add("--labels", type=common.number(int, 10, 50_000), nargs="+", default=[50_000, 10_000, 1000, 100], metavar="COUNT",
-        action=common.Distinct, help="labelled training images (default: %(default)s)")
+    add("--labels", type=common.number(int, 10, 50_000), nargs="+", default=[50_000, 10_000, 1000, 100],
+        metavar="COUNT", help="labelled training images (default: %(default)s)")
     add("--seeds", type=common.number(int, 1, 1000), default=3, metavar="N",
         help="runs of each, with seeds from --seed on (default: %(default)s)")
     add("--encoder", type=common.path, metavar="PATH",
         help="the autoencoder's model.pt (default: OUT/conv_ae/latent032-seed0/model.pt, or of --latent's size)")
-    args = common.parse_args(parser, argv)
+    args = common.parse_args(parser, argv, "classifier")
     args.encoder = args.encoder or args.out / "conv_ae" / f"latent{args.latent:03d}-seed0" / "model.pt"
-    device = common.get_device(args.device)
-    weights = sha256 = None
-    if not args.eval and set(args.strategies) != {"scratch"}:
-        weights, sha256 = load_encoder(args.encoder, args.latent, args.out)
-    data = common.load_data(args.data, device)
+    pretrained = not args.eval and set(args.strategies) != {"scratch"}
+    encoder, encoder_hash = load_encoder(args) if pretrained else (None, None)
+    data = common.load_data(args.data, args.device)
     if not args.eval and max(args.labels) > len(data.train.labels):
         raise common.RunError(f"--labels {max(args.labels)}: the training split has {len(data.train.labels)} images")
+    seeds = range(args.seed, args.seed + args.seeds)
+    runs = {f"{strategy}-labels{labels}-seed{seed}": {"strategy": strategy, "labels": labels, "seed": seed}
+            for seed, labels, strategy in itertools.product(seeds, args.labels, args.strategies)}
+    del args.strategies, args.labels, args.seeds  # what is left is the same for all runs
+    features = functools.cache(lambda: frozen_features(encoder, data))
 
-    @functools.cache
-    def features():
-        return cached_features(make_classifier("frozen", args.latent, weights).to(device), data)
+    def train(args, model):
+        loss, test = functools.partial(loss_fn, args=args), functools.partial(evaluate, test=data.test)
+        if args.eval:
+            return common.run(args, model, loss, data, test)
+        inputs, trained = (features(), model.head) if args.strategy == "frozen" else (data, model)
+        inputs = SimpleNamespace(train=labelled(inputs.train, args.labels, args.seed), val=inputs.val)
+        common.run(args, model, loss, inputs, test, trained=trained)
 
-    def train(run_args, folder):
-        model = make_classifier(run_args.strategy, run_args.latent, weights).to(device, memory_format=torch.channels_last)
-        inputs = data
-        if not args.eval:
-            inputs = labelled(features() if run_args.strategy == "frozen" else data, run_args.labels, run_args.seed)
-        # An image seen more often can do with more augmentation: few labels and long runs get all the shifts. Long runs
-        # erase as well; with few labels, that gained nothing.
-        loss = functools.partial(loss_fn, shifted=min(1.0, run_args.epochs * passes(run_args.labels) / 30),
-                                 erased=min(1.0, max(0.0, run_args.epochs / 30 - 1)))
-        common.run(run_args, folder, model, loss, inputs, evaluate=lambda model: evaluate(model, data.test),
-                   weight_decay=WEIGHT_DECAY, bf16=common.has_bf16(device))
-
-    jobs = {f"{strategy}-labels{labels}-seed{seed}": {"strategy": strategy, "labels": labels, "seed": seed,
-                                                      "encoder_sha256": None if strategy == "scratch" else sha256}
-            for seed in range(args.seed, args.seed + args.seeds) for labels in args.labels for strategy in args.strategies}
-    common.study(args, args.out / "classifier", jobs, train, draw)
-
+    make = functools.partial(make_model, encoder=encoder, encoder_hash=encoder_hash)
+    common.study(args, runs, make, train, plot)
 
 if __name__ == "__main__":
     main()

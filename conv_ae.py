@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import common
 
-# ----------------------------------------------------------------------------------------------------------------- model
-
+# ---------------------------------------------------------------------------------------------------------------- model
 
 class Encoder(nn.Module):
     """Images (B, 1, 28, 28) to feature maps (B, 128, 5, 5), and those to the latent vector (B, latent)."""
@@ -29,11 +28,11 @@ class Encoder(nn.Module):
     def forward(self, x):
         return self.project(self.features(x).flatten(1))
 
-
 class Decoder(nn.Module):
     """Latent vectors (B, latent) to images (B, 1, 28, 28) in [0, 1].
 
-    Two ways lead to the 7x7 maps: the hidden layer helps few numbers (at 8), the linear one learns many faster (at 128).
+    Two paths lead to the 7x7 maps: the one with a hidden layer helps a small latent space (8), the linear one makes a
+    large latent space (128) learn faster.
     """
 
     def __init__(self, latent):
@@ -48,7 +47,6 @@ class Decoder(nn.Module):
     def forward(self, z):
         return self.stages(self.linear(z) + self.hidden(z))
 
-
 class Autoencoder(nn.Module):
     def __init__(self, latent):
         super().__init__()
@@ -58,15 +56,13 @@ class Autoencoder(nn.Module):
     def forward(self, x):
         return self.decoder(self.encoder(x))
 
-
 def loss_fn(model, images, labels):
-    """Mean over pixels and images of the squared error, which is minimised, and of the absolute error."""
-    reconstruction = model(images).float()
-    return {"mse": F.mse_loss(reconstruction, images), "l1": F.l1_loss(reconstruction, images)}
+    """Mean over pixels and images of the squared error, which is the loss, and of the absolute error."""
+    reconstruction = common.forward(model, images)
+    mse = F.mse_loss(reconstruction, images)
+    return {"loss": mse, "mse": mse, "l1": F.l1_loss(reconstruction, images)}
 
-
-# -------------------------------------------------------------------------------------------------------------- baseline
-
+# ------------------------------------------------------------------------------------------------------------- baseline
 
 def pca_errors(train, test, sizes):
     """Test MSE of PCA at each size: the best linear autoencoder (Baldi & Hornik, 1989). Images are (N, 1, 28, 28).
@@ -84,9 +80,7 @@ def pca_errors(train, test, sizes):
         errors[size] = F.mse_loss(projected, test).item()
     return errors
 
-
-# --------------------------------------------------------------------------------------------------------------- figures
-
+# -------------------------------------------------------------------------------------------------------------- figures
 
 def plot_errors(summary):
     figure = common.new_figure(7.5, 4.8)
@@ -107,29 +101,24 @@ def plot_errors(summary):
     ticks = [tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="latent size (numbers per image)", ylabel="test MSE (pixels in [0, 1])", ylim=(low, high))
+    axes.set(xlabel="latent dimensions", ylabel="test MSE (pixels in [0, 1])", ylim=(low, high))
     axes.legend(title="×: autoencoder over PCA", alignment="left")
     axes.grid(alpha=0.3)
-    return common.png(figure)
-
+    return figure
 
 @torch.no_grad()
 def plot_reconstructions(folders, data):
-    """One row per latent size, the originals on top; None where the weights of a size are not there."""
+    """One row per latent size, the originals on top. `folders` is {latent size: folder with the weights}."""
     images, names = common.one_of_each_class(data.test)
     rows, labels = [images], ["original"]
     for latent, folder in sorted(folders.items()):
-        if not (folder / "model.pt").exists():
-            return None
         model = Autoencoder(latent).to(images.device).eval()
-        common.load_weights(folder / "model.pt", model)
+        common.load(folder / "model.pt", model)
         rows.append(model(images))
-        labels.append(f"{latent} numbers")
+        labels.append(f"{latent} dimensions")
     return common.image_grid(torch.stack(rows), labels, names)
 
-
-# ------------------------------------------------------------------------------------------------------------------ main
-
+# ----------------------------------------------------------------------------------------------------------------- main
 
 def summarize(runs, data):
     """One row per latent size: the runs' mean, std (null for one run) and n, and PCA's error beside them."""
@@ -144,34 +133,37 @@ def summarize(runs, data):
         summary.append({**row, "pca_mse": pca[size], "ratio": row["mse_mean"] / pca[size]})
     return summary
 
-
-@common.entry
+@common.cli()
 def main(argv=None):
     parser = common.make_parser(__doc__, epochs=3, batch_size=64, lr=8e-3, patience=0, val_every=1)
-    latent = common.number(int, 1, 4096)
-    parser.add_argument("--latents", type=latent, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], metavar="SIZE",
-                        action=common.Distinct, help="latent sizes (default: %(default)s)")
+    parser.add_argument("--latents", type=common.number(int, 1, 4096), nargs="+", default=[2, 4, 8, 16, 32, 64, 128],
+                        metavar="SIZE", help="latent dimensions (default: %(default)s)")
     parser.add_argument("--seeds", type=common.number(int, 1, 1000), default=1, metavar="N",
                         help="runs of each size, with seeds from --seed on (default: %(default)s)")
-    args = common.parse_args(parser, argv)
-    data = common.load_data(args.data, common.get_device(args.device))
-
-    def train(run_args, folder):
-        model = Autoencoder(run_args.latent).to(data.train.images.device, memory_format=torch.channels_last)
-        common.run(run_args, folder, model, loss_fn, data,
-                   evaluate=lambda model: {"test": common.test_loop(model, loss_fn, data.test)},
-                   bf16=common.has_bf16(data.train.images.device))
-
-    def draw(runs):
-        summary = summarize(runs, data)
-        shown = {run["config"]["latent"]: args.out / "conv_ae" / run["folder"] for run in reversed(runs)}  # the first seed's
-        figures = {"latent_vs_error.png": plot_errors(summary), "reconstructions.png": plot_reconstructions(shown, data)}
-        return summary, {name: content for name, content in figures.items() if content}
-
-    jobs = {f"latent{latent:03d}-seed{seed}": dict(latent=latent, seed=seed)
+    args = common.parse_args(parser, argv, "conv_ae")
+    data = common.load_data(args.data, args.device)
+    runs = {f"latent{latent:03d}-seed{seed}": {"latent": latent, "seed": seed}
             for seed in range(args.seed, args.seed + args.seeds) for latent in args.latents}
-    common.study(args, args.out / "conv_ae", jobs, train, draw)
+    del args.latents, args.seeds  # what is left is the same for all runs
 
+    def make_model(args):
+        return Autoencoder(args.latent).to(args.device, memory_format=torch.channels_last)
+
+    def train(args, model):
+        common.run(args, model, loss_fn, data)
+
+    def plot(runs):
+        summary = summarize(runs, data)
+        figures = {"latent_vs_error.png": plot_errors(summary)}
+        folders = {run["config"]["latent"]: args.folder / run["folder"] for run in reversed(runs)}  # the first seed's
+        missing = [str(folder) for folder in folders.values() if not (folder / "model.pt").exists()]
+        if missing:
+            print(f"reconstructions.png is left as it was: no model.pt in {', '.join(missing)}")
+        else:
+            figures["reconstructions.png"] = plot_reconstructions(folders, data)
+        return summary, figures
+
+    common.study(args, runs, make_model, train, plot)
 
 if __name__ == "__main__":
     main()

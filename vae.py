@@ -1,9 +1,11 @@
-"""What does an 8-number latent code of a fully connected VAE look like, and how well does it reconstruct?
+"""What does the 8-dimensional latent space of a fully connected VAE look like, and how well does it reconstruct?
 
     python vae.py --epochs 200        # test loss 0.0746 (mean of n=5 seeds)
 
-The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114) on Fashion-MNIST, with an L1 reconstruction loss.
+The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114), with an L1 reconstruction loss.
 """
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,11 +15,10 @@ import common
 LATENT = 8
 PAIRS = [(0, 9), (1, 3), (2, 4), (5, 7), (6, 8), (9, 5)]  # classes to interpolate between: (T-shirt, Ankle boot), ...
 
-# ----------------------------------------------------------------------------------------------------------------- model
-
+# ---------------------------------------------------------------------------------------------------------------- model
 
 class VAE(nn.Module):
-    """Images (B, 1, 28, 28) in [0, 1] to a Gaussian over LATENT numbers, and numbers back to images."""
+    """Images (B, 1, 28, 28) in [0, 1] to a Gaussian in LATENT dimensions, and from there back to images."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +35,7 @@ class VAE(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def encode(self, x):
-        """mu and logvar, each (B, LATENT), held within [-30, 30] and [-20, 1].
+        """mu and logvar, each (B, LATENT), clamped to [-30, 30] and [-20, 1].
 
         The bounds keep the KL of any image finite and below 3,700 nats. Ordinary images (|mu| below 8, and logvar below
         1, since a posterior wider than the prior costs KL and buys nothing) stay inside; without them exp(logvar) or mu
@@ -45,35 +46,31 @@ class VAE(nn.Module):
 
     def reparameterize(self, mu, logvar):
         """A sample of N(mu, sigma^2) that gradients pass through (section 2.4 of the paper)."""
-        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        noise = torch.randn(mu.shape).to(mu.device)  # drawn by the CPU: the same on every device
+        return mu + torch.exp(0.5 * logvar) * noise
 
     def decode(self, z):
-        """Latent numbers (B, LATENT) to images (B, 1, 28, 28)."""
+        """Latent vectors (B, LATENT) to images (B, 1, 28, 28)."""
         return self.decoder(z)
 
     def forward(self, x):
         mu, logvar = self.encode(x)
         return self.decode(self.reparameterize(mu, logvar)), mu, logvar
 
-
-# ------------------------------------------------------------------------------------------------------------------ loss
-
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 def kl_divergence(mu, logvar):
     """KL(N(mu, sigma^2) || N(0, 1)) in nats, summed over the latent dimensions: (B,). Appendix B of the paper."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
-
-def loss_function(model, images, alpha):
+def loss_fn(model, images, labels, alpha):
     """L = recon + alpha * kl: L1 averaged over pixels and images, and the KL averaged over images."""
     reconstruction, mu, logvar = model(images)
     recon = F.l1_loss(reconstruction, images)
     kl = kl_divergence(mu, logvar).mean()
     return {"loss": recon + alpha * kl, "recon": recon, "kl": kl}
 
-
-# ------------------------------------------------------------------------------------------------------------ evaluation
-
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
 def knn_accuracy(index, index_labels, queries, query_labels, k=10):
@@ -84,24 +81,22 @@ def knn_accuracy(index, index_labels, queries, query_labels, k=10):
         hits += (index_labels[nearest].mode(1).values == labels).sum().item()
     return hits / len(queries)
 
-
 @torch.no_grad()
 def evaluate(model, loss_fn, data):
+    """The test metrics, the largest KL of a test image in nats, and what the latent space keeps of the classes."""
     mu, logvar = model.encode(data.test.images)
     return {"test": common.test_loop(model, loss_fn, data.test),
             "kl_max": kl_divergence(mu, logvar).max().item(),
             "latent_knn_accuracy": knn_accuracy(
                 model.encode(data.train.images)[0], data.train.labels, mu, data.test.labels)}
 
-
-# --------------------------------------------------------------------------------------------------------------- figures
-
+# -------------------------------------------------------------------------------------------------------------- figures
 
 def plot_losses(history):
     """Training loss every epoch, validation loss where it was evaluated, the best epoch marked."""
     figure = common.new_figure(7, 4)
     axes = figure.subplots()
-    checks = [(row["epoch"], row["val_loss"]) for row in history if "val_loss" in row]
+    checks = [(row["epoch"], row["val"]["loss"]) for row in history if "val" in row]
     best = min(checks, key=lambda check: check[1])
     axes.plot([row["epoch"] for row in history], [row["train_loss"] for row in history], label="training")
     axes.plot(*zip(*checks), "o-", markersize=3, color=common.COLORS[2], label="validation")
@@ -110,8 +105,7 @@ def plot_losses(history):
     start = sorted(losses)[-1 - len(losses) // 20]  # the first epochs' fall would flatten all that follows
     axes.set(xlabel="epoch", ylabel="loss", ylim=(min(losses) - 0.05 * (start - min(losses)), start))
     axes.legend()
-    return common.png(figure)
-
+    return figure
 
 def plot_latent_pairs(mu, labels):
     """The test set's mu (N, LATENT), all pairs of dimensions, coloured by class."""
@@ -135,8 +129,7 @@ def plot_latent_pairs(mu, labels):
     handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0]
                for color, name in zip(common.COLORS, common.CLASSES)]
     figure.legend(handles=handles, loc="upper right", fontsize=14, title="class", bbox_to_anchor=(0.98, 0.98))
-    return common.png(figure)
-
+    return figure
 
 def plot_interpolations(model, mu, labels):
     """Decoded steps on the line between two classes' prototypes.
@@ -151,10 +144,9 @@ def plot_interpolations(model, mu, labels):
     names = [f"{common.CLASSES[a]} to\n{common.CLASSES[b]}" for a, b in pairs]
     return common.image_grid(torch.stack(rows), names)
 
-
 @torch.no_grad()
-def draw(model, history, data):
-    """The five figures, {name: PNG bytes}."""
+def plot(model, history, data):
+    """The five figures, {file name: figure}."""
     originals, names = common.one_of_each_class(data.test)
     mu, _ = model.encode(data.test.images)
     train_mu, _ = model.encode(data.train.images)
@@ -168,32 +160,25 @@ def draw(model, history, data):
         "samples.png": common.image_grid(model.decode(noise).view(5, 10, 1, 28, 28)),
     }
 
+# ----------------------------------------------------------------------------------------------------------------- main
 
-# ------------------------------------------------------------------------------------------------------------------ main
-
-
-@common.entry
+@common.cli()
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=200, batch_size=256, lr=8e-3, patience=25, val_every=5)
+    # Why weight decay: pixels that are nearly always black train their weights rarely, in steps that Adam makes large.
+    # Without decay these weights grow, and with them the KL of images that are bright there.
+    parser = common.make_parser(__doc__, epochs=200, batch_size=256, lr=8e-3, patience=25, val_every=5,
+                                weight_decay=0.01)
     parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3,
                         help="weight of the KL (default: %(default)s)")
-    args = common.parse_args(parser, argv)
-    data = common.load_data(args.data, common.get_device(args.device))
+    args = common.parse_args(parser, argv, "vae")
+    # At the full rate from the start, one or two of the latent dimensions collapse in the first epochs.
+    args.warmup_steps = min(1000, 25 * args.epochs)
+    data = common.load_data(args.data, args.device)
     torch.manual_seed(args.seed)
-    model = VAE().to(data.train.images.device)
-
-    def loss_fn(model, images, labels):
-        return loss_function(model, images, args.alpha)
-
-    common.run(args, args.out / "vae", model, loss_fn, data,
-               evaluate=lambda model: evaluate(model, loss_fn, data),
-               draw=lambda model, history: draw(model, history, data),
-               # Pixels that are nearly always black train their weights rarely, in steps that Adam makes large. Without
-               # decay these weights grow, and with them the KL of images that are bright there.
-               weight_decay=0.01,
-               # At the full rate from the start, one or two of the latent dimensions collapse in the first epochs.
-               warmup_steps=min(1000, 25 * args.epochs))
-
+    model = VAE().to(args.device)
+    loss = functools.partial(loss_fn, alpha=args.alpha)
+    common.run(args, model, loss, data, evaluate=lambda model: evaluate(model, loss, data),
+               plot=lambda model, history: plot(model, history, data))
 
 if __name__ == "__main__":
     main()
