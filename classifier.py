@@ -5,8 +5,8 @@
 """
 import functools
 import hashlib
-import itertools
 from collections import defaultdict
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -19,17 +19,14 @@ from conv_ae import Autoencoder, Encoder
 # ---------------------------------------------------------------------------------------------------------------- model
 
 class Classifier(nn.Module):
-    """Images (B, 1, 28, 28) to logits (B, 10).
-
-    The head sits on the encoder's feature maps, not on the latent vector behind them, where a frozen encoder validated
-    worse.
-    """
+    """Images (B, 1, 28, 28) to logits (B, 10). The head sits on the encoder's feature maps, not on the latent vector
+    behind them, where a frozen encoder validated worse."""
 
     def __init__(self, encoder, dropout):
         super().__init__()
         self.encoder = encoder.features
-        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(128 * 5 * 5, 64), nn.ReLU(),
-                                  nn.Dropout(dropout), nn.Linear(64, 10))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(128 * 5 * 5, 128), nn.ReLU(), nn.Dropout(dropout),
+                                  nn.Linear(128, 10))
 
     def forward(self, x):
         return self.head(self.encoder(x))
@@ -71,12 +68,10 @@ def loss_fn(model, inputs, labels, args):
 
 def label_subset(labels, count, seed):
     """Indices of `count` images, classes in equal shares (to one), nested: a larger count holds a smaller one's."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    rank = torch.empty_like(labels)  # of each image among its own class, in this order
-    for label in labels.unique():
-        own = order[labels[order] == label]
-        rank[own] = torch.arange(len(own), device=labels.device)
-    return order[rank[order].argsort(stable=True)][:count]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels.cpu()[order]
+    rank = F.one_hot(shuffled).cumsum(0).gather(1, shuffled[:, None]).squeeze(1)  # of each image among its own class
+    return order[rank.argsort(stable=True)][:count].to(labels.device)
 
 def passes(count):
     """How often an epoch goes over `count` labels: so that 100 get more than a step an epoch, and still cost little."""
@@ -99,20 +94,18 @@ def frozen_features(encoder, data):
     """The training and validation splits with the encoder's features (N, 3200) in the images' place: computed once, as
     without augmentation they never change; in half precision, as they are the largest thing in memory."""
     encoder = nn.Sequential(encoder.features, nn.Flatten()).to(data.train.images.device)
-    splits = {"train": data.train, "val": data.val}
-    return SimpleNamespace(**{name: common.Split(predict(encoder, split.images, torch.float16), split.labels)
-                              for name, split in splits.items()})
+    train, val = (common.Split(predict(encoder, split.images, torch.float16), split.labels)
+                  for split in (data.train, data.val))
+    return SimpleNamespace(train=train, val=val)
 
 def load_encoder(args):
     """The encoder of the autoencoder at --encoder, and a hash of its weights."""
-    command = f"python conv_ae.py --latents {args.latent} --out {args.out}"
-    if not args.encoder.is_file():
-        raise common.RunError(f"no encoder at {args.encoder}: make it with `{command}`, or give --encoder PATH")
     autoencoder = Autoencoder(args.latent)
     try:
         common.load(args.encoder, autoencoder)
     except common.RunError as error:
-        raise common.RunError(f"{error}; `{command}` makes one of --latent {args.latent}") from None
+        command = f"python conv_ae.py --latents {args.latent} --seed {args.seed} --out {args.out}"
+        raise common.RunError(f"no encoder of --latent {args.latent}: `{command}` makes one ({error})") from None
     weights = b"".join(tensor.numpy().tobytes() for tensor in autoencoder.encoder.state_dict().values())
     return autoencoder.encoder, hashlib.sha256(weights).hexdigest()[:16]
 
@@ -125,25 +118,23 @@ def evaluate(model, test):
             "confusion": torch.bincount(10 * test.labels + logits.argmax(1), minlength=100).view(10, 10).tolist()}
 
 def by_cell(runs):
-    """The runs by (labels, strategy), in order."""
+    """{(labels, strategy): its runs}, sorted."""
     cells = defaultdict(list)
     for run in runs:
         cells[run["config"]["labels"], run["config"]["strategy"]].append(run)
     return dict(sorted(cells.items()))
 
-def val_accuracy(run, epoch):
-    """None where that epoch was not validated."""
-    return next((check["accuracy"] for check in run["validation"] if check["epoch"] == epoch), None)
-
 def summarize(runs):
     """One row per label count and strategy, over seeds: what it ends at, and how far it is after the first epoch."""
     summary = []
     for (labels, strategy), same in by_cell(runs).items():
+        checks = [{check["epoch"]: check["accuracy"] for check in run["validation"]} for run in same]
+        columns = {"test_accuracy": [run["test"]["accuracy"] for run in same],
+                   "test_loss": [run["test"]["loss"] for run in same],
+                   "val_accuracy": [check[run["best_epoch"]] for check, run in zip(checks, same)],
+                   "val_accuracy_first_epoch": [check.get(1) for check in checks]}  # None: not validated
         row = {"strategy": strategy, "labels": labels, "n": len(same), "parameters": same[0]["parameters"]}
-        for name, values in {"test_accuracy": [run["test"]["accuracy"] for run in same],
-                             "test_loss": [run["test"]["loss"] for run in same],
-                             "val_accuracy": [val_accuracy(run, run["best_epoch"]) for run in same],
-                             "val_accuracy_first_epoch": [val_accuracy(run, 1) for run in same]}.items():
+        for name, values in columns.items():
             row[f"{name}_mean"], row[f"{name}_std"] = (None, None) if None in values else common.mean_std(values)
         summary.append(row)
     return summary
@@ -183,9 +174,8 @@ def plot_label_efficiency(summary):
             axes.errorbar([row["labels"] for row in rows], [row["test_accuracy_mean"] for row in rows],
                           [row["test_accuracy_std"] or 0 for row in rows], fmt=line, color=color, capsize=4,
                           label=f"{strategy} (n={min(row['n'] for row in rows)})")
-    sizes = sorted({row["labels"] for row in summary})
     axes.set_xscale("log")
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks(*zip(*{row["labels"]: f"{row['labels']:,}" for row in summary}.items()))
     axes.minorticks_off()
     axes.set(xlabel="labelled training images", ylabel="test accuracy")
     axes.legend(loc="lower right")
@@ -199,8 +189,7 @@ def plot_confusion(run):
     axes.imshow(counts.sqrt().numpy(), cmap="Blues")  # the root, so that the rare confusions show beside the diagonal
     for row in range(10):
         for column in range(10):
-            dark = counts[row, column] > counts.max() / 3
-            color = "white" if dark else "black"
+            color = "white" if counts[row, column] > counts.max() / 3 else "black"
             axes.text(column, row, counts[row, column].item(), ha="center", va="center", color=color)
     axes.set_xticks(range(10), common.CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(10), common.CLASSES)
@@ -220,22 +209,18 @@ def plot(runs):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def make_model(args, encoder, encoder_hash):
-    """`scratch`: a random encoder. `frozen`: the autoencoder's, never updated. `finetune`: the same, trained on.
-
-    What a run starts from is in its config. With --eval there is no `encoder`: the run's own weights are loaded next.
-    """
+    """`scratch`: a random encoder. `frozen`: the autoencoder's, never updated. `finetune`: the same, trained on. What a
+    run starts from is in its config. With --eval there is no `encoder`: the run's own weights are loaded next."""
     model = Classifier(Encoder(args.latent), args.dropout)
-    if args.strategy == "scratch":
-        args.encoder_hash = None
-    elif encoder:
-        args.encoder_hash = encoder_hash
+    args.encoder_hash = None if args.strategy == "scratch" else encoder_hash
+    if args.encoder_hash:
         model.encoder.load_state_dict(encoder.features.state_dict())
     return model.to(args.device, memory_format=torch.channels_last)
 
 @common.cli()
 def main(argv=None):
     parser = common.make_parser(__doc__, epochs=16, batch_size=128, lr=4e-3, patience=0, val_every=1, weight_decay=0.05,
-                                label_smoothing=0.05, dropout=0.2, shift_epochs=30, erase_epochs=30)
+                                label_smoothing=0.05, dropout=0.3, shift_epochs=30, erase_epochs=30)
     add = parser.add_argument
     add("--strategies", nargs="+", choices=tuple(STYLE), default=list(STYLE), help="(default: all)")
     add("--latent", type=common.number(int, 1, 4096), default=32, metavar="SIZE",
@@ -246,30 +231,30 @@ def main(argv=None):
     add("--seeds", type=common.number(int, 1, 1000), default=3, metavar="N",
         help="runs of each, with seeds from --seed on (default: %(default)s)")
     add("--encoder", type=common.path, metavar="PATH",
-        help="the autoencoder's model.pt (default: OUT/conv_ae/latent032-seed0/model.pt, or of --latent's size)")
+        help="the autoencoder's model.pt (default: OUT/conv_ae/latent032-seed0/model.pt, or of --latent and --seed)")
     args = common.parse_args(parser, argv, "classifier")
-    args.encoder = args.encoder or args.out / "conv_ae" / f"latent{args.latent:03d}-seed0" / "model.pt"
-    pretrained = not args.eval and set(args.strategies) != {"scratch"}
-    encoder, encoder_hash = load_encoder(args) if pretrained else (None, None)
+    encoders = [args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}" / "model.pt" for seed in (0, args.seed)]
+    args.encoder = args.encoder or encoders[not encoders[0].exists()]
+    wanted = set(args.strategies) != {"scratch"} or args.encoder.exists()
+    encoder, encoder_hash = load_encoder(args) if wanted and not args.eval else (None, None)
     data = common.load_data(args.data, args.device)
     if not args.eval and max(args.labels) > len(data.train.labels):
         raise common.RunError(f"--labels {max(args.labels)}: the training split has {len(data.train.labels)} images")
     seeds = range(args.seed, args.seed + args.seeds)
     runs = {f"{strategy}-labels{labels}-seed{seed}": {"strategy": strategy, "labels": labels, "seed": seed}
-            for seed, labels, strategy in itertools.product(seeds, args.labels, args.strategies)}
+            for seed, labels, strategy in product(seeds, args.labels, args.strategies)}
     del args.strategies, args.labels, args.seeds  # what is left is the same for all runs
     features = functools.cache(lambda: frozen_features(encoder, data))
 
     def train(args, model):
-        loss, test = functools.partial(loss_fn, args=args), functools.partial(evaluate, test=data.test)
-        if args.eval:
-            return common.run(args, model, loss, data, test)
-        inputs, trained = (features(), model.head) if args.strategy == "frozen" else (data, model)
+        frozen = args.strategy == "frozen" and not args.eval
+        inputs, trained = (features(), model.head) if frozen else (data, model)
         inputs = SimpleNamespace(train=labelled(inputs.train, args.labels, args.seed), val=inputs.val)
-        common.run(args, model, loss, inputs, test, trained=trained)
+        common.run(args, model, functools.partial(loss_fn, args=args), inputs,
+                   evaluate=functools.partial(evaluate, test=data.test), trained=trained)
 
     make = functools.partial(make_model, encoder=encoder, encoder_hash=encoder_hash)
-    common.study(args, runs, make, train, plot)
+    common.study(args, runs, make, train, plot, cost=lambda run: run["labels"] * passes(run["labels"]))
 
 if __name__ == "__main__":
     main()

@@ -61,10 +61,8 @@ def read_idx(name, data_dir):
 
 def load_data(data_dir, device):
     """Fashion-MNIST (Xiao et al., 2017) as `Split`s .train, .val and .test on `device`: a batch is an index into them.
-
-    The 60,000 training images are split 5:1 into training and validation by one fixed permutation, the same for every
-    script and every seed: an encoder must not have seen another script's validation images.
-    """
+    The 60,000 training images are split 5:1 by one fixed permutation, for every script and seed the same: an encoder
+    must not have seen another script's validation images."""
     missing = [name for name in FILES if find_file(name, data_dir) is None]
     if missing:
         from torchvision.datasets import FashionMNIST  # here, because the import takes seconds and few runs need it
@@ -91,7 +89,7 @@ def has_bf16(device):
     return device.type == "cpu" and bool(reported.get("amx_bf16") or reported.get("avx512_bf16"))
 
 def forward(model, x):
-    """model(x) as float32: computed in bfloat16 in training, where the device is faster in it, never in evaluation."""
+    """model(x) as float32. Training computes it in bfloat16 where the device is faster in it; evaluation never does."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=model.training and has_bf16(x.device)):
         return model(x).float()
 
@@ -108,8 +106,8 @@ def stops_early(history, patience, min_delta):
     return 0 < patience <= len(history) - since
 
 def learning_rate(step, steps, args):
-    """Linear warm-up, a constant stretch, linear decay to zero after the last of `steps` (Hägele et al., 2024,
-    arXiv:2405.18392). Half of a short run is constant; a long run decays nearly throughout."""
+    """Linear warm-up, a constant stretch, linear decay to zero (Hägele et al., 2024, arXiv:2405.18392). Half of a short
+    run is constant; a long run decays nearly throughout."""
     decay_steps = steps - min(steps // 2, args.constant_steps)
     return args.lr * min((step + 1) / min(args.warmup_steps, steps), 1, (steps - step) / decay_steps)
 
@@ -122,8 +120,8 @@ def update_ema(pairs, step, decay):
 
 @torch.no_grad()
 def test_loop(model, loss_fn, split, batch_size=250):
-    """The values of `loss_fn` over a whole split, each a mean over its images. Noise is seeded and the generator put back:
-    the same weights give the same values, and validation does not disturb the training."""
+    """The values of `loss_fn` over a whole split, each a mean over its images. Noise is seeded and the generator put
+    back: the same weights give the same values, and validation does not disturb the training."""
     training, totals = model.training, defaultdict(float)
     model.eval()
     with torch.random.fork_rng(devices=[]):
@@ -135,24 +133,21 @@ def test_loop(model, loss_fn, split, batch_size=250):
     return {name: round(total / len(split.labels), 7) for name, total in totals.items()}  # float32 has no more digits
 
 def train_loop(model, loss_fn, data, args):
-    """Trains `model` in place, leaves it at its best weights and returns the history, one row an epoch.
-
-    The weights that are validated and kept are an exponential moving average (EMA) over the steps (Polyak & Juditsky,
-    1992), in which the noise of a high learning rate cancels out. RunError where the loss is not finite.
-    """
+    """Trains `model` in place, leaves it at its best weights and returns the history, one row an epoch. Validated and
+    kept are the weights' exponential moving average (EMA) over the steps (Polyak & Juditsky, 1992): in it, the noise of
+    a high learning rate cancels out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     ema, best = copy.deepcopy(model), copy.deepcopy(model)
     pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))  # batch norm's statistics are among them
     state = {"model": model, "ema": ema, "best": best, "optimizer": optimizer}
     history = load_checkpoint(state, args) if args.resume else []
-    count = len(data.train.labels)
-    steps_per_epoch = math.ceil(count / args.batch_size)
+    steps_per_epoch = math.ceil(len(data.train.labels) / args.batch_size)
     while len(history) < args.epochs and not stops_early(history, args.patience, args.min_delta):
         epoch, start, total = len(history) + 1, time.perf_counter(), torch.zeros((), device=args.device)
         model.train()
         if args.device.type != "cpu":  # for dropout and augmentation: so the checkpoint needs the CPU's state only
             torch.get_device_module().manual_seed(epoch)
-        order = torch.randperm(count).to(args.device)  # drawn by the CPU: the same batches on every device
+        order = torch.randperm(len(data.train.labels)).to(args.device)  # by the CPU: the same batches on every device
         for step, batch in enumerate(order.split(args.batch_size), (epoch - 1) * steps_per_epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * steps_per_epoch, args)
             loss = loss_fn(model, data.train.images[batch], data.train.labels[batch])["loss"]
@@ -161,7 +156,7 @@ def train_loop(model, loss_fn, data, args):
             optimizer.step()
             update_ema(pairs, step, args.ema_decay)
             total += loss.detach() * len(batch)
-        history.append({"epoch": epoch, "train_loss": round(total.item() / count, 7)})
+        history.append({"epoch": epoch, "train_loss": round(total.item() / len(order), 7)})
         if epoch % args.val_every == 0 or epoch == args.epochs:
             history[-1]["val"] = test_loop(ema, loss_fn, data.val)
             if best_epoch(history) == epoch:
@@ -174,7 +169,7 @@ def train_loop(model, loss_fn, data, args):
 
 def epoch_line(history, args):
     """What the terminal shows of the last epoch. RunError where its loss is not finite."""
-    row, pace = history[-1], sum(row["seconds"] for row in history) / len(history)
+    row, pace = history[-1], statistics.mean(row["seconds"] for row in history)
     if not all(map(math.isfinite, (row["train_loss"], *row.get("val", {}).values()))):
         raise RunError(f"the loss is not finite in epoch {row['epoch']} at --lr {args.lr:g}: try {args.lr / 3:.1g}")
     val = f"val {row['val']['loss']:.5f}" if "val" in row else " " * 11
@@ -229,7 +224,7 @@ def load(path, model=None):
             model.load_state_dict(saved["model"])
         return {**saved, "config": dict(saved["config"])}
     except Exception as error:  # half a dozen types: not there, damaged, other shapes, a pickle with code
-        raise RunError(f"{path} can't be used ({one_line(error)}): delete it and run again without --eval") from None
+        raise RunError(f"{path} can't be used ({one_line(error)}): run without --eval and --resume anew") from None
 
 def one_line(error):
     return " ".join(str(error).split())[:300]
@@ -274,8 +269,8 @@ def locked(folder):
 def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
     """One run in `args.folder`: trains `model` (or only its part `trained`), evaluates it, writes the files.
 
-    `evaluate(model)` gives what goes into metrics.json, with the test metrics as {"test": {name: value}}; without it, the
-    values of `loss_fn`. `plot(model, history)` gives {file name: figure}. --resume continues an unfinished run and
+    `evaluate(model)` gives what goes into metrics.json, with the test metrics as {"test": {name: value}}; without it,
+    the values of `loss_fn`. `plot(model, history)` gives {file name: figure}. --resume continues an unfinished run and
     leaves a complete one alone. --eval evaluates the saved weights and writes nothing.
     """
     folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
@@ -295,6 +290,8 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
             check_config(load(folder / "metrics.json")["config"], args, folder)
             print(f"{folder}: complete", flush=True)
             return
+        if not args.resume and (checkpoint.exists() or (folder / "metrics.json").exists()):
+            print(f"{folder}: the results there will be replaced; --resume keeps them", flush=True)
         history = train_loop(trained or model, loss_fn, data, args)
         metrics = {
             "config": config(args),
@@ -317,17 +314,22 @@ def describe(test):
 
 # -------------------------------------------------------------------------------------------------------------- studies
 
-def study(args, runs, make_model, train, plot):
+def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
     """The runs of a study, each in a folder of its own, then its metrics.json and figures in `args.folder`.
 
-    `runs` is {folder name: what varies in that run}. `make_model(args)` builds a run's network, and may add to its args
-    what it starts from. `train(args, model)` ends in `run`. `plot(runs)` gives the summary and {file name: figure} from
-    the metrics of all runs in the folder that differ from `args` only in what varies. --eval takes all saved weights.
+    `runs` is {folder name: what varies in that run}; `args` holds what does not. `make_model(args)` builds a run's
+    network, and may add to its args what it starts from. `train(args, model)` ends in `run`. `plot(runs)` gives the
+    summary and {file name: figure}, from the metrics of all runs in the folder that differ from `args` only in what
+    varies. `cost(varies)` is the time of a run in any unit. --eval takes all runs whose weights are there.
     """
     if args.eval:
         runs = {path.parent.name: load(path)["config"] for path in sorted(args.folder.glob("*/model.pt"))}
-    for name, varies in share_out(list(runs.items())):
-        print(f"--- {name}", flush=True)
+        if not runs:
+            raise RunError(f"no model.pt below {args.folder}: run the same command without --eval first")
+    start, costs = time.perf_counter(), [cost(varies) for varies in runs.values()]
+    for turn, (name, varies) in share_out(list(enumerate(runs.items()))):
+        left = (time.perf_counter() - start) * sum(costs[turn:]) / max(sum(costs[:turn]), 1) / 60
+        print(f"--- {name}: run {turn + 1} of {len(runs)}{f', about {left:.0f} min left' * (turn > 0)}", flush=True)
         own = argparse.Namespace(**{**vars(args), **varies, "folder": args.folder / name})
         torch.manual_seed(own.seed)  # before the model, so that a run is the same in any study or alone
         train(own, make_model(own))
@@ -344,10 +346,9 @@ def study(args, runs, make_model, train, plot):
 
 def share_out(jobs):
     """The jobs of this process: of torchrun's ranks, the one that is free takes the next. Ends when all are done."""
-    if not torch.distributed.is_torchelastic_launched():
-        yield from jobs
-        return
-    store, _, ranks = next(torch.distributed.rendezvous("env://"))
+    store, ranks = torch.distributed.HashStore(), 1
+    if torch.distributed.is_torchelastic_launched():
+        store, _, ranks = next(torch.distributed.rendezvous("env://"))
     while (turn := store.add("turn", 1) - 1) < len(jobs):
         yield jobs[turn]
     store.add("ranks done", 1)
@@ -370,7 +371,6 @@ def comparable_runs(args, varying, make_model):
 
 def mean_std(values):
     """Mean and sample standard deviation; None in its place for a single value."""
-    values = list(values)
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -408,8 +408,8 @@ def make_parser(description, **defaults):
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
     mode.add_argument("--eval", action="store_true", help="no training: compare the saved weights with metrics.json")
-    parser.set_defaults(weight_decay=0.0, warmup_steps=200, constant_steps=2000, ema_decay=0.998)
-    parser.set_defaults(**defaults)
+    hyperparameters = {"weight_decay": 0.0, "warmup_steps": 200, "constant_steps": 2000, "ema_decay": 0.998}
+    parser.set_defaults(**{**hyperparameters, **defaults})
     return parser
 
 def parse_args(parser, argv, script):
@@ -437,7 +437,6 @@ def cli():
     def stop(number, frame):
         print("\nstopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + number)
-
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

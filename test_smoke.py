@@ -61,8 +61,7 @@ def flags(data, tmp_path):
     return [*where, "--epochs", "3", "--batch-size", "50"]
 
 @pytest.fixture
-def no_figures(monkeypatch):
-    """For tests that are about something else: the 28 scatter plots take most of a short run's time."""
+def no_figures(monkeypatch):  # they take most of a short run's time
     monkeypatch.setattr(vae, "plot", lambda model, history, data: {})
 
 def metrics(folder):
@@ -76,7 +75,6 @@ def same_weights(*folders):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 def contents(folder):
-    """Its files, but for the checkpoint: {name: bytes}."""
     files = [path for path in folder.iterdir() if path.is_file()]
     return {path.name: path.read_bytes() for path in files if path.name != "checkpoint.pt"}
 
@@ -107,7 +105,6 @@ def test_split_is_disjoint_complete_and_fixed(data):
 @pytest.mark.parametrize("name, damage", [
     ("train-images-idx3-ubyte", lambda path, content: path.write_bytes(content[:-1])),
     ("train-labels-idx1-ubyte", lambda path, content: path.write_bytes(content[:99] + b"\x55" + content[100:])),
-    ("train-images-idx3-ubyte", lambda path, content: path.write_bytes(b"")),
     ("train-images-idx3-ubyte", lambda path, content: (path.unlink(), path.mkdir())),
     ("t10k-images-idx3-ubyte.gz", lambda path, content: path.write_bytes(content[:len(content) // 2]))])
 def test_damaged_data_is_refused_by_name(name, damage, data, flags, capsys):
@@ -118,12 +115,11 @@ def test_damaged_data_is_refused_by_name(name, damage, data, flags, capsys):
 def test_missing_data_names_the_file_and_three_ways(data, flags, capsys, monkeypatch):
     def no_network(*args, **kwargs):
         raise RuntimeError("Error downloading\nand more")
-
     monkeypatch.setattr("torchvision.datasets.FashionMNIST.__init__", no_network)
     (data / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
     message = fails(vae.main, flags, capsys, 1)
-    parts = ("t10k-labels-idx1-ubyte", "FashionMNIST/raw", "dataset-fashion-mnist", "download", "and more")
-    assert all(part in message for part in parts)
+    for part in ("t10k-labels-idx1-ubyte", "FashionMNIST/raw", "dataset-fashion-mnist", "download", "and more"):
+        assert part in message
 
 # ----------------------------------------------------------------------------------------------------------- training
 
@@ -160,11 +156,9 @@ def test_ema_is_a_geometric_mean_of_the_past_and_short_at_first():
 
 def test_the_kept_weights_are_the_ema_weights_of_the_best_epoch(flags, tmp_path, monkeypatch, no_figures):
     losses, seen = iter([3.0, 1.0, 2.0, 9.0]), []
-
     def test_loop(model, loss_fn, split):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"loss": next(losses)}
-
     monkeypatch.setattr(common, "test_loop", test_loop)
     vae.main(flags + ["--val-every", "1"])  # three validations and the test
     kept = weights(tmp_path / "out" / "vae")
@@ -223,10 +217,6 @@ def test_vae_writes_what_it_should(data, flags, tmp_path, capsys):
     assert lines[0] == "epoch,train_loss,val_loss" and [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
     assert lines[1].endswith(",") and not lines[3].endswith(",")  # validated every 5 epochs and in the last
     assert torch.load(folder / "model.pt", weights_only=True)["config"] == result["config"]
-    model = vae.VAE()
-    model.load_state_dict(weights(folder))
-    again = common.test_loop(model, lambda *batch: vae.loss_fn(*batch, alpha=1e-3), common.load_data(data, CPU).test)
-    assert again == pytest.approx(result["test"])
     assert f"{result['test']['loss']:.5f}" in capsys.readouterr().out.splitlines()[-2]
 
 def test_eval_confirms_what_is_recorded_and_nothing_else(flags, tmp_path, capsys, no_figures):
@@ -240,13 +230,6 @@ def test_eval_confirms_what_is_recorded_and_nothing_else(flags, tmp_path, capsys
                           ("latent_knn_accuracy", {"latent_knn_accuracy": knn + 0.01})):
         (folder / "metrics.json").write_text(json.dumps({**result, **changed}))
         assert name in fails(vae.main, flags + ["--eval"], capsys, 1)
-
-def test_same_seed_same_bytes_other_seed_other_bytes(flags, tmp_path, no_figures):
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        vae.main(flags + ["--out", str(tmp_path / name), "--seed", seed])
-    a, b, c = (tmp_path / name / "vae" for name in "abc")
-    assert same_weights(a, b) and (a / "losses.csv").read_bytes() == (b / "losses.csv").read_bytes()
-    assert not same_weights(a, c)
 
 # -------------------------------------------------------------------------------------------------------- autoencoder
 
@@ -266,8 +249,8 @@ def test_conv_ae_study_end_to_end_and_continued(flags, tmp_path, capsys):
     assert {path.name for path in study.iterdir() if path.is_dir()} == runs
     assert all(contents(study / run).keys() == {"losses.csv", "metrics.json", "model.pt"} for run in runs)
     assert metrics(study / "latent003-seed1")["test"].keys() == {"loss", "mse", "l1"}
-    before, stamp = metrics(study), (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns
-    assert [(row["latent"], row["n"]) for row in before["summary"]] == [(3, 2), (32, 2)]
+    stamp = (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns
+    assert [(row["latent"], row["n"]) for row in metrics(study)["summary"]] == [(3, 2), (32, 2)]
     conv_ae.main(flags + ["--latents", "5", "--resume"])  # one more size costs one run
     assert [row["latent"] for row in metrics(study)["summary"]] == [3, 5, 32]
     assert (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns == stamp
@@ -320,6 +303,15 @@ def test_augmentation_erases_one_rectangle_of_up_to_half_the_sides():
             inside = changed[hit].any(axis).int()
             assert (inside.diff(dim=1) == 1).sum(1).max() <= 1 and inside[:, 0].any() and inside[:, 27].any()
 
+def test_running_statistics_are_a_models_own_after_a_few_steps(flags, data, tmp_path):
+    classifier.main(flags + ["--strategies", "scratch", "--labels", "50", "--seeds", "1", "--epochs", "1"])  # ten steps
+    model = classifier.Classifier(conv_ae.Encoder(32), dropout=0.0)
+    model.load_state_dict(weights(tmp_path / "out" / "classifier" / "scratch-labels50-seed0"))
+    images = common.load_data(data, CPU).val.images
+    own, batch = model.eval()(images).softmax(1), model.train()(images).softmax(1)
+    distance = (own - batch).abs().sum(1).mean() / 2  # in total variation
+    assert distance < 0.2
+
 def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
     classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "6"])
     study = tmp_path / "out" / "classifier"
@@ -332,7 +324,6 @@ def test_classifier_study_end_to_end(encoder, flags, tmp_path, capsys):
         "test_accuracy", "test_loss", "val_accuracy", "val_accuracy_first_epoch")}
     assert metrics(study)["summary"][-1].keys() == statistics | {"strategy", "labels", "n", "parameters"}
     assert metrics(study / "scratch-labels200-seed0")["test"]["accuracy"] > 0.95  # the blocks are easy to tell apart
-
     start = weights(encoder.parent)
     frozen, finetuned = (weights(study / f"{strategy}-labels200-seed0") for strategy in ("frozen", "finetune"))
     pairs = {name: name.replace("encoder.", "encoder.features.") for name in frozen if name.startswith("encoder.")}
@@ -356,25 +347,20 @@ def test_runs_of_unequal_lengths_and_without_a_first_validation(flags, tmp_path)
     assert row["val_accuracy_first_epoch_mean"] is None and row["val_accuracy_mean"] is not None
     run = {"folder": "short", **metrics(tmp_path / "out" / "classifier" / "scratch-labels50-seed0")}
     assert run["epochs_run"] == 4
-    later = {"epoch": 6, "loss": 1.0, "accuracy": 0.5}
-    classifier.plot([run, {**run, "folder": "long", "validation": [*run["validation"], later]}])
+    classifier.plot([run, {**run, "validation": [*run["validation"], {"epoch": 6, "accuracy": 0.5}]}])
 
 def test_no_encoder_and_one_of_another_size(flags, encoder, tmp_path, capsys):
     missing = fails(classifier.main, flags + ["--labels", "50", "--encoder", str(tmp_path / "none.pt")], capsys, 1)
     other = fails(classifier.main, flags + ["--labels", "50", "--latent", "8", "--encoder", str(encoder)], capsys, 1)
     assert "python conv_ae.py --latents 32" in missing and "python conv_ae.py --latents 8" in other
 
-# ------------------------------------------------------------------------------------------------------------ studies
-
 def test_ranks_share_the_runs_out_and_leave_together(monkeypatch):
     store, done, seen = torch.distributed.HashStore(), ([], []), []
-
     def rank(number):
         for job in common.share_out(range(20)):
             done[number].append(job)
             time.sleep(0.001 * (1 + number))  # one is slower
         seen.append(len(done[0]) + len(done[1]))
-
     monkeypatch.setenv("WORLD_SIZE", "2")  # left over from something else: only torchrun's own mark counts
     assert list(common.share_out(range(3))) == [0, 1, 2]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
@@ -391,7 +377,6 @@ def test_runs_that_differ_in_more_than_what_varies_share_no_row(encoder, flags, 
         classifier.main(flags + ["--labels", "50", "--seeds", "1", "--epochs", "1", "--strategies", *own])
         summary = metrics(tmp_path / "out" / "classifier")["summary"]
         return {row["strategy"]: row["n"] for row in summary}, capsys.readouterr().out
-
     assert rows("scratch", "finetune")[0] == {"scratch": 1, "finetune": 1}
     conv_ae.main(flags + ["--latents", "8", "--epochs", "1"])
     left, text = rows("finetune", "--latent", "8", "--seed", "1")  # another latent size
@@ -414,28 +399,19 @@ def test_runs_of_an_edited_network_share_no_row(flags, tmp_path, capsys, monkeyp
     (row,) = metrics(tmp_path / "out" / "conv_ae")["summary"]
     assert row["n"] == 1 and "latent003-seed0 was made with network" in capsys.readouterr().out
 
-# ------------------------------------------------------------------------------------------------------------- README
-
-HERE = Path(__file__).parent
-
 def test_every_decimal_number_in_the_readme_stands_in_a_results_file():
     """To the digits given, as it is or in percent; for the VAE also mean and std over seeds, which no file holds."""
-    known, vaes = [0.0838], {}  # the reference result
-
-    def keep(number):
-        known.append(float(number))
-        return known[-1]
-
-    for path in (HERE / "results").rglob("metrics.json"):
-        file = json.loads(path.read_text(), parse_float=keep)
+    here, known, vaes = Path(__file__).parent, [0.0838], {}  # the reference result
+    for path in (here / "results").rglob("metrics.json"):
+        file = json.loads(path.read_text(), parse_float=lambda number: known.append(float(number)) or float(number))
         if "kl_max" in file:
             vaes.setdefault(file["config"]["patience"], []).append(
                 {**file["test"], "knn": file["latent_knn_accuracy"], "seconds": file["train_seconds"]})
     for runs in vaes.values():
         for name in runs[0]:
-            known += [statistic for statistic in common.mean_std(run[name] for run in runs) if statistic]
+            known += [statistic for statistic in common.mean_std([run[name] for run in runs]) if statistic]
     known += [100 * number for number in known]
-    text = re.sub(r"```.*?```", "", (HERE / "README.md").read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", (here / "README.md").read_text(), flags=re.DOTALL)
     for token in re.findall(r"(?<![\d.:])\d+\.\d+(?![\d.:])", text):
         digits = len(token.split(".")[1])
         assert any(f"{number:.{digits}f}" == token for number in known), f"README.md has {token}, no results file does"
@@ -500,7 +476,6 @@ def test_second_run_into_one_folder_is_refused(flags, tmp_path, capsys):
     pytest.importorskip("fcntl")
     with common.locked(tmp_path / "out" / "vae"):
         assert "another process" in fails(vae.main, flags, capsys, 1)
-        conv_ae.main(flags + ["--latents", "2", "--epochs", "1"])  # another folder
 
 def test_a_failed_evaluation_loses_no_training(flags, tmp_path, capsys, monkeypatch, no_figures):
     vae.main(flags + ["--out", str(tmp_path / "whole")])
@@ -521,15 +496,12 @@ def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(
     flags = flags + ["--epochs", "12", *own]
     script.main(flags + ["--out", str(tmp_path / "whole")])
     genuine, calls = script.loss_fn, itertools.count()
-
     def loss_fn(*args, **options):
         if next(calls) == 33:  # in the VAE's ninth epoch, the classifier's seventh
             signal.raise_signal(number)
         return genuine(*args, **options)
-
     monkeypatch.setattr(script, "loss_fn", loss_fn)
     assert "--resume" in fails(script.main, flags, capsys, code)
-    assert "--lr" in fails(script.main, flags + ["--resume", "--lr", "0.001"], capsys, 1)
     script.main(flags + ["--resume"])
     assert "epoch   2" not in capsys.readouterr().out  # it went on and did not start anew
     whole, resumed = (next((tmp_path / name).glob("**/model.pt")).parent for name in ("whole", "out"))
@@ -537,7 +509,6 @@ def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(
     assert contents(whole)["losses.csv"] == contents(resumed)["losses.csv"]
 
 def test_killed_and_resumed_ends_with_the_same_bytes(flags, tmp_path):
-    """SIGKILL in a process of its own, at a line of its output; the small dataset's hashes travel as an argument."""
     program = ("import json, sys, common, torch; torch.set_num_threads(1); common.FILES = {k: tuple(v) for k, v in "
                "json.loads(sys.argv[1]).items()}; import vae; vae.main(sys.argv[2:])")
     command = [sys.executable, "-c", program, json.dumps(common.FILES), *flags, "--epochs", "12"]
