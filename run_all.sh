@@ -4,17 +4,27 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-has_packages() { "$1" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "torchvision", "matplotlib", "pytest"))))' 2>/dev/null; }
+# Whether a python has the packages of requirements.txt, in the versions asked for there.
+has_packages() {
+  "$1" - 2>/dev/null <<'CHECK'
+import importlib.metadata, re
+for line in open("requirements.txt"):
+    name, _, least = line.strip().partition(">=")
+    if least:
+        have, need = ([int(n) for n in re.findall(r"\d+", text)[:2]] for text in (importlib.metadata.version(name), least))
+        assert have >= need
+CHECK
+}
 
 # The environment: the active one where it has the packages, else .venv.
-python=python
-if ! has_packages python; then
+for python in python python3 .venv/bin/python none; do
+  if has_packages "$python"; then break; fi
+done
+if [ "$python" = none ]; then
+  echo "installing requirements.txt into .venv (several GB, once)"
   python=.venv/bin/python
-  if ! has_packages "$python"; then
-    echo "installing requirements.txt into .venv (several GB, once)"
-    [ -x "$python" ] || python3 -m venv .venv
-    "$python" -m pip install --quiet -r requirements.txt
-  fi
+  python3 -m venv .venv  # mends an incomplete one too
+  "$python" -m pip install --quiet --upgrade -r requirements.txt
 fi
 
 # The data: what --data names, else the Debian package, else torchvision's download.
@@ -37,13 +47,13 @@ except common.RunError as error:
     sys.exit(f"error: {error}")
 PROBE
 if [ "$status" -eq 3 ]; then
-  sudo=()
-  [ "$(id -u)" -eq 0 ] || sudo=(sudo -n)
-  if command -v apt-get >/dev/null && "${sudo[@]}" true 2>/dev/null; then
+  sudo=""
+  [ "$(id -u)" -eq 0 ] || sudo="sudo -n"
+  if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
     echo "no source of the data answers: installing the Debian package dataset-fashion-mnist"
-    "${sudo[@]}" apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || {
-      "${sudo[@]}" apt-get update -qq
-      "${sudo[@]}" apt-get install -y -qq dataset-fashion-mnist >/dev/null
+    $sudo apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || {
+      $sudo apt-get update -qq
+      $sudo apt-get install -y -qq dataset-fashion-mnist >/dev/null
     }
   else
     echo "error: put the four files of Fashion-MNIST (train-images-idx3-ubyte.gz, ...) into $data/FashionMNIST/raw" >&2
@@ -53,7 +63,7 @@ elif [ "$status" -ne 0 ]; then
   exit "$status"
 fi
 
-# glibc would give the memory of each step back to the system and fault it in again at the next: up to a tenth of the time.
+# glibc would give the memory of each step back to the system and fault it in again: up to a tenth of the time.
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
 echo "=== vae.py"
@@ -63,7 +73,7 @@ echo "=== vae.py"
 # cores two of them get a third more done than one process with two threads.
 read -r ranks threads < <("$python" -c 'import torch
 threads = torch.get_num_threads()
-ranks = torch.cuda.device_count() or min(threads, 4)
+ranks = torch.cuda.device_count() or (1 if torch.backends.mps.is_available() else min(threads, 4))
 print(ranks, max(1, threads // ranks))')
 for script in conv_ae.py classifier.py; do
   echo "=== $script"
