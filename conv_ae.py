@@ -85,7 +85,7 @@ def pca_errors(train, test, sizes):
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
-def plot_errors(summary):
+def plot_errors(summary, epochs):
     figure = common.new_figure(7.5, 4.8)
     axes = figure.subplots()
     sizes, means = [row["latent"] for row in summary], [row["mse_mean"] for row in summary]
@@ -104,7 +104,8 @@ def plot_errors(summary):
     ticks = [tick for tick in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="latent dimensions", ylabel="test MSE (pixels in [0, 1])", ylim=(low, high))
+    axes.set(xlabel="latent dimensions", ylabel="test MSE (pixels in [0, 1])", ylim=(low, high),
+             title=f"{epochs} epochs of training")
     axes.legend(title="×: autoencoder over PCA", alignment="left")
     axes.grid(alpha=0.3)
     return figure
@@ -138,7 +139,7 @@ def summarize(runs, data):
 
 @common.cli()
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=3, batch_size=64, lr=8e-3, patience=0, val_every=1)
+    parser = common.make_parser(__doc__, epochs=12, batch_size=64, lr=8e-3, patience=0, val_every=1)
     parser.add_argument("--latents", type=common.number(int, 1, 4096), nargs="+", default=[2, 4, 8, 16, 32, 64, 128],
                         metavar="SIZE", help="latent dimensions (default: %(default)s)")
     parser.add_argument("--seeds", type=common.number(int, 1, 1000), default=1, metavar="N",
@@ -157,7 +158,7 @@ def main(argv=None):
 
     def plot(runs):
         summary = summarize(runs, data)
-        figures = {"latent_vs_error.png": plot_errors(summary)}
+        figures = {"latent_vs_error.png": plot_errors(summary, args.epochs)}
         folders = {run["config"]["latent"]: args.folder / run["folder"] for run in reversed(runs)}  # the first seed's
         missing = [str(folder) for folder in folders.values() if not (folder / "model.pt").exists()]
         if missing:
