@@ -1,15 +1,14 @@
 """What the scripts share: data, training and test loops, results on disk, studies, flags, figures.
 
-A script brings a model and `loss_fn(model, images, labels) -> {name: mean over the batch}`, with one name "loss", which
-training minimises. `run` trains it (`train_loop`), evaluates it (`test_loop`) and writes the files; `study` does so for
-every value of a flag. `args` is a run's config (every hyperparameter, with or without a flag), device, paths and modes.
+A script brings a model and `loss_fn(model, images, labels) -> {name: mean over the batch}`; training minimises "loss".
+`run` trains it (`train_loop`), evaluates it and writes the files; `study` does so for every value of a flag. `args` is
+a run's config (every hyperparameter, with or without a flag), its device, its paths and its modes.
 """
 import argparse
 import contextlib
 import copy
 import gzip
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -21,6 +20,7 @@ import sys
 import time
 import zlib
 from collections import defaultdict, namedtuple
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,8 +39,7 @@ FILES = {  # name: (bytes, SHA-256), both of the decompressed file
     "t10k-labels-idx1-ubyte": (10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 }
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-HOW_TO_GET = ("put its four files into FashionMNIST/raw below --data, or `apt-get install dataset-fashion-mnist`, "
-              "or run once with network for torchvision's download")
+HOW_TO_GET = "put its files into FashionMNIST/raw below --data, `apt-get install dataset-fashion-mnist`, or go online"
 
 Split = namedtuple("Split", "images labels")  # (N, 1, 28, 28) float32 in [0, 1], and (N,) int64
 
@@ -69,8 +68,7 @@ def load_data(data_dir, device):
         try:
             FashionMNIST(data_dir, download=True)
         except (OSError, RuntimeError) as error:
-            raise RunError(f"no {missing[0]} and no download ({one_line(error)}): {HOW_TO_GET}") from None
-
+            raise RunError(f"no {missing[0]} and no download ({' '.join(str(error).split())}): {HOW_TO_GET}") from None
     arrays = [read_idx(name, data_dir).to(device) for name in FILES]
     full, test = (Split(images.view(-1, 1, 28, 28).float() / 255, labels.long())
                   for images, labels in (arrays[:2], arrays[2:]))
@@ -94,7 +92,6 @@ def forward(model, x):
         return model(x).float()
 
 def best_epoch(history):
-    """The epoch of the lowest validation loss."""
     return min((row for row in history if "val" in row), key=lambda row: row["val"]["loss"])["epoch"]
 
 def stops_early(history, patience, min_delta):
@@ -106,8 +103,7 @@ def stops_early(history, patience, min_delta):
     return 0 < patience <= len(history) - since
 
 def learning_rate(step, steps, args):
-    """Linear warm-up, a constant stretch, linear decay to zero (Hägele et al., 2024, arXiv:2405.18392). Half of a short
-    run is constant; a long run decays nearly throughout."""
+    """Linear warm-up, a constant stretch, linear decay to zero (Hägele et al., 2024, arXiv:2405.18392)."""
     decay_steps = steps - min(steps // 2, args.constant_steps)
     return args.lr * min((step + 1) / min(args.warmup_steps, steps), 1, (steps - step) / decay_steps)
 
@@ -115,21 +111,19 @@ def update_ema(pairs, step, decay):
     """Moves each EMA tensor towards the latest. The memory is short at first: the initial weights are worth nothing."""
     decay = min(decay, (1 + step) / (10 + step))
     for ema, latest in pairs:
-        if ema.is_floating_point():
-            ema.lerp_(latest, 1 - decay)
+        ema.lerp_(latest, 1 - decay)
 
 @torch.no_grad()
 def test_loop(model, loss_fn, split, batch_size=250):
     """The values of `loss_fn` over a whole split, each a mean over its images. Noise is seeded and the generator put
     back: the same weights give the same values, and validation does not disturb the training."""
-    training, totals = model.training, defaultdict(float)
+    totals = defaultdict(float)
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
             for name, mean in loss_fn(model, images, labels).items():
                 totals[name] += mean.item() * len(labels)
-    model.train(training)
     return {name: round(total / len(split.labels), 7) for name, total in totals.items()}  # float32 has no more digits
 
 def train_loop(model, loss_fn, data, args):
@@ -138,7 +132,8 @@ def train_loop(model, loss_fn, data, args):
     a high learning rate cancels out."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     ema, best = copy.deepcopy(model), copy.deepcopy(model)
-    pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))  # batch norm's statistics are among them
+    pairs = zip(ema.state_dict().values(), model.state_dict().values())  # with batch norm's statistics, not its counter
+    pairs = [(average, latest) for average, latest in pairs if average.is_floating_point()]
     state = {"model": model, "ema": ema, "best": best, "optimizer": optimizer}
     history = load_checkpoint(state, args) if args.resume else []
     steps_per_epoch = math.ceil(len(data.train.labels) / args.batch_size)
@@ -146,7 +141,7 @@ def train_loop(model, loss_fn, data, args):
         epoch, start, total = len(history) + 1, time.perf_counter(), torch.zeros((), device=args.device)
         model.train()
         if args.device.type != "cpu":  # for dropout and augmentation: so the checkpoint needs the CPU's state only
-            torch.get_device_module().manual_seed(epoch)
+            torch.get_device_module().manual_seed(100_000 * args.seed + epoch)
         order = torch.randperm(len(data.train.labels)).to(args.device)  # by the CPU: the same batches on every device
         for step, batch in enumerate(order.split(args.batch_size), (epoch - 1) * steps_per_epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * steps_per_epoch, args)
@@ -178,9 +173,9 @@ def epoch_line(history, args):
             f"  {left // 60:.0f}m{left % 60:02.0f}s left  {args.folder.name}")
 
 def save_checkpoint(state, history, args):
-    parts = {name: part.state_dict() for name, part in state.items()}
     write_files(args.folder, {"checkpoint.pt": {
-        "config": config(args), "history": history, "rng": torch.get_rng_state(), **parts}})
+        "config": config(args), "history": history, "rng": torch.get_rng_state(),
+        **{name: part.state_dict() for name, part in state.items()}}})
 
 def load_checkpoint(state, args):
     """Puts back what `save_checkpoint` wrote and returns the history; [] where there is no checkpoint."""
@@ -207,8 +202,7 @@ def write_files(folder, files):
             elif name.endswith(".png"):
                 content.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
             else:
-                text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-                buffer.write(text.encode())
+                buffer.write((content if isinstance(content, str) else json.dumps(content, indent=1) + "\n").encode())
             temporary[name].write_bytes(buffer.getvalue())
         for name in files:
             os.replace(temporary[name], folder / name)
@@ -217,17 +211,15 @@ def write_files(folder, files):
             path.unlink(missing_ok=True)
 
 def load(path, model=None):
-    """What a .json or .pt file of a run holds; its weights go to `model`. No code in it is run. RunError: see below."""
+    """What a .json or .pt file of a run holds; its weights go to `model`. No code in the file is run."""
     try:
         saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         if model is not None:
             model.load_state_dict(saved["model"])
         return {**saved, "config": dict(saved["config"])}
     except Exception as error:  # half a dozen types: not there, damaged, other shapes, a pickle with code
-        raise RunError(f"{path} can't be used ({one_line(error)}): run without --eval and --resume anew") from None
-
-def one_line(error):
-    return " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{path} can't be used ({reason}): run without --eval and --resume anew") from None
 
 def config(args):
     """All of `args` that decides what a run computes: neither paths nor modes nor the device."""
@@ -239,9 +231,8 @@ def check_config(saved, args, path):
     own = config(args)
     for name in {**own, **saved}:
         if saved.get(name) != own.get(name):
-            flag = f"--{name.replace('_', '-')} {saved.get(name)}"
             raise RunError(f"{path} was made with {name} {saved.get(name)}, not {own.get(name)}: give the same flags "
-                           f"({flag}) and code, or another --out")
+                           f"(--{name.replace('_', '-')} {saved.get(name)}) and code, or another --out")
 
 def fingerprint(model):
     """A hash of the network: the names and types of its layers, the shapes of its tensors."""
@@ -266,22 +257,34 @@ def locked(folder):
     finally:
         os.close(handle)
 
+def numbers(value, where=""):
+    """All numbers in nested dicts and lists, by where they stand: {".test.loss": 0.07}."""
+    if not isinstance(value, (dict, list)):
+        return {where: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {place: number for key, part in parts for place, number in numbers(part, f"{where}.{key}").items()}
+
+def compare(recorded, measured, path):
+    """RunError where a number is not the recorded one. Another device may round: counts by 5, others by 1 in 2,000."""
+    recorded = numbers(recorded)
+    for name, value in numbers(measured).items():
+        known = recorded.get(name, math.nan)
+        if not abs(value - known) <= (5 if isinstance(value, int) else abs(value) / 2000):
+            raise RunError(f"{path}: {name[1:]} is {value:.6g} now, not {known:.6g}")
+
 def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
     """One run in `args.folder`: trains `model` (or only its part `trained`), evaluates it, writes the files.
 
-    `evaluate(model)` gives what goes into metrics.json, with the test metrics as {"test": {name: value}}; without it,
-    the values of `loss_fn`. `plot(model, history)` gives {file name: figure}. --resume continues an unfinished run and
-    leaves a complete one alone. --eval evaluates the saved weights and writes nothing.
+    `evaluate(model)` gives what goes into metrics.json, test metrics as {"test": {name: value}}; without it, the values
+    of `loss_fn`. `plot(model, history)` gives {file name: figure}. --resume continues an unfinished run and leaves a
+    complete one alone. --eval evaluates the saved weights and writes nothing.
     """
     folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
     evaluate = evaluate or (lambda model: {"test": test_loop(model, loss_fn, data.test)})
     if args.eval:
         load(folder / "model.pt", model)
-        measured, recorded = evaluate(model), load(folder / "metrics.json")
-        try:
-            torch.testing.assert_close(measured, {name: recorded[name] for name in measured}, rtol=1e-4, atol=0)
-        except Exception as error:
-            raise RunError(f"{folder / 'metrics.json'} is not confirmed: {one_line(error)}") from None
+        measured = evaluate(model)
+        compare(load(folder / "metrics.json"), measured, folder / "metrics.json")
         print(f"{folder}: confirmed, {describe(measured['test'])}", flush=True)
         return
     args.network = fingerprint(model)
@@ -295,9 +298,8 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
         history = train_loop(trained or model, loss_fn, data, args)
         metrics = {
             "config": config(args),
-            "environment": {"python": platform.python_version(), "torch": torch.__version__,
-                            "torchvision": importlib.metadata.version("torchvision"), "device": args.device.type,
-                            "threads": torch.get_num_threads()},
+            "environment": {"python": platform.python_version(), "torch": torch.__version__, "device": args.device.type,
+                            "threads": torch.get_num_threads(), "torchvision": version("torchvision")},
             "parameters": sum(p.numel() for p in model.parameters()), "epochs_run": len(history),
             "best_epoch": best_epoch(history), "train_seconds": round(sum(row["seconds"] for row in history), 2),
             **evaluate(model), "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row]}
@@ -318,18 +320,17 @@ def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
     """The runs of a study, each in a folder of its own, then its metrics.json and figures in `args.folder`.
 
     `runs` is {folder name: what varies in that run}; `args` holds what does not. `make_model(args)` builds a run's
-    network, and may add to its args what it starts from. `train(args, model)` ends in `run`. `plot(runs)` gives the
-    summary and {file name: figure}, from the metrics of all runs in the folder that differ from `args` only in what
-    varies. `cost(varies)` is the time of a run in any unit. --eval takes all runs whose weights are there.
+    network, and may add to its args what it starts from. `train(args, model)` ends in `run`. `plot(runs)` gives summary
+    and {file name: figure} from the metrics of all runs in the folder whose args differ only in what varies.
     """
     if args.eval:
         runs = {path.parent.name: load(path)["config"] for path in sorted(args.folder.glob("*/model.pt"))}
         if not runs:
             raise RunError(f"no model.pt below {args.folder}: run the same command without --eval first")
     start, costs = time.perf_counter(), [cost(varies) for varies in runs.values()]
-    for turn, (name, varies) in share_out(list(enumerate(runs.items()))):
+    for done, (turn, (name, varies)) in enumerate(share_out(list(enumerate(runs.items())))):
         left = (time.perf_counter() - start) * sum(costs[turn:]) / max(sum(costs[:turn]), 1) / 60
-        print(f"--- {name}: run {turn + 1} of {len(runs)}{f', about {left:.0f} min left' * (turn > 0)}", flush=True)
+        print(f"--- {name}: run {turn + 1} of {len(runs)}{f', about {left:.0f} min left' * (done > 0)}", flush=True)
         own = argparse.Namespace(**{**vars(args), **varies, "folder": args.folder / name})
         torch.manual_seed(own.seed)  # before the model, so that a run is the same in any study or alone
         train(own, make_model(own))
@@ -359,14 +360,14 @@ def comparable_runs(args, varying, make_model):
     """The metrics of the runs in `args.folder` that differ from `args` only in what varies; names the others."""
     runs = []
     for path in sorted(args.folder.glob("*/metrics.json")):
-        metrics = load(path)
-        own = argparse.Namespace(**{**vars(args), **{name: metrics["config"].get(name) for name in varying}})
         try:
+            metrics = load(path)
+            own = argparse.Namespace(**{**vars(args), **{name: metrics["config"][name] for name in varying}})
             own.network = fingerprint(make_model(own))
-            check_config(metrics["config"], own, path.parent)
+            check_config(metrics["config"], own, "it")
             runs.append({"folder": path.parent.name, **metrics})
-        except RunError as error:
-            print(f"left out of the summary: {error}")
+        except (RunError, KeyError) as error:
+            print(f"{path.parent} is left out of the summary: {error}")
     return runs
 
 def mean_std(values):
@@ -381,7 +382,6 @@ def number(kind, low, high):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-
     parse.__name__ = f"{'whole ' * (kind is int)}number from {low:,} to {high:,}"  # argparse shows it in its message
     return parse
 
