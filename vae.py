@@ -78,7 +78,8 @@ def knn_accuracy(index, index_labels, queries, query_labels, k=10):
     hits = 0
     for points, labels in zip(queries.split(1000), query_labels.split(1000)):
         nearest = torch.cdist(points, index).topk(min(k, len(index)), largest=False).indices
-        hits += (index_labels[nearest].mode(1).values == labels).sum().item()
+        votes = index_labels[nearest].cpu().mode(1).values  # mode is not implemented on MPS
+        hits += (votes == labels.cpu()).sum().item()
     return hits / len(queries)
 
 @torch.no_grad()
