@@ -222,9 +222,9 @@ def load(path, model=None):
         raise RunError(f"{path} can't be used ({reason}): run without --eval and --resume anew") from None
 
 def config(args):
-    """All of `args` that decides what a run computes: neither paths nor modes nor the device."""
-    return {name: value for name, value in vars(args).items()
-            if name not in ("resume", "eval", "device") and not isinstance(value, Path)}
+    """All of `args` that decides what a run computes, as JSON holds it: neither paths nor modes nor the device."""
+    return json.loads(json.dumps({name: value for name, value in vars(args).items()
+                                  if name not in ("resume", "eval", "device") and not isinstance(value, Path)}))
 
 def check_config(saved, args, path):
     """RunError where a file was made with another config."""
@@ -235,10 +235,10 @@ def check_config(saved, args, path):
                            f"(--{name.replace('_', '-')} {saved.get(name)}) and code, or another --out")
 
 def fingerprint(model):
-    """A hash of the network: the names and types of its layers, the shapes of its tensors."""
-    layers = [(name, type(layer).__name__) for name, layer in model.named_modules()]
+    """A hash of the network: its layers with their settings, the shapes of its tensors."""
+    layers = str(model).replace(", bias=True", "")  # the shapes show it, and only newer releases print it for batch norm
     shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
-    return hashlib.sha256(repr((layers, shapes)).encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{layers}{shapes}".encode()).hexdigest()[:16]
 
 @contextlib.contextmanager
 def locked(folder):
