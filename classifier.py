@@ -102,7 +102,7 @@ def load_encoder(args):
     """The encoder of the autoencoder at --encoder, and a hash of its weights."""
     autoencoder = Autoencoder(args.latent)
     try:
-        common.load(args.encoder, autoencoder)
+        common.load(args.encoder, model=autoencoder)
     except common.RunError as error:
         command = f"python conv_ae.py --latents {args.latent} --seed {args.seed} --out {args.out}"
         raise common.RunError(f"no encoder of --latent {args.latent}: `{command}` makes one ({error})") from None

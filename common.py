@@ -26,6 +26,8 @@ from types import SimpleNamespace
 
 import torch
 
+MODES = ("resume", "eval", "device")  # flags that do not decide what a run computes
+
 class RunError(Exception):
     """The run can't go on. The message is one line that says what is wrong and what to do."""
 
@@ -100,7 +102,7 @@ def stops_early(history, patience, min_delta):
     for row in history:
         if "val" in row and row["val"]["loss"] < reference - min_delta:
             reference, since = row["val"]["loss"], row["epoch"]
-    return 0 < patience <= len(history) - since
+    return 0 < since and 0 < patience <= len(history) - since
 
 def learning_rate(step, steps, args):
     """Linear warm-up, a constant stretch, linear decay to zero (Hägele et al., 2024, arXiv:2405.18392)."""
@@ -115,8 +117,7 @@ def update_ema(pairs, step, decay):
 
 @torch.no_grad()
 def test_loop(model, loss_fn, split, batch_size=250):
-    """The values of `loss_fn` over a whole split, each a mean over its images. Noise is seeded and the generator put
-    back: the same weights give the same values, and validation does not disturb the training."""
+    """The means of `loss_fn` over a split. Noise is seeded and the generator put back: training is not disturbed."""
     totals = defaultdict(float)
     model.eval()
     with torch.random.fork_rng(devices=[]):
@@ -124,12 +125,11 @@ def test_loop(model, loss_fn, split, batch_size=250):
         for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
             for name, mean in loss_fn(model, images, labels).items():
                 totals[name] += mean.item() * len(labels)
-    return {name: round(total / len(split.labels), 7) for name, total in totals.items()}  # float32 has no more digits
+    return {name: round(total / len(split.labels), 7) for name, total in totals.items()}
 
 def train_loop(model, loss_fn, data, args):
-    """Trains `model` in place, leaves it at its best weights and returns the history, one row an epoch. Validated and
-    kept are the weights' exponential moving average (EMA) over the steps (Polyak & Juditsky, 1992): in it, the noise of
-    a high learning rate cancels out."""
+    """Trains `model` in place, leaves it at its best weights, returns the history, a row an epoch. Validated and kept
+    is the exponential moving average (EMA) of the weights (Polyak & Juditsky, 1992): it is less noisy."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     ema, best = copy.deepcopy(model), copy.deepcopy(model)
     pairs = zip(ema.state_dict().values(), model.state_dict().values())  # with batch norm's statistics, not its counter
@@ -182,10 +182,8 @@ def load_checkpoint(state, args):
     path = args.folder / "checkpoint.pt"
     if not path.exists():
         return []
-    saved = load(path)
-    check_config(saved["config"], args, path)
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
+    check_config(load(path)["config"], args, path)
+    saved = load(path, **state)
     torch.set_rng_state(saved["rng"])
     return saved["history"]
 
@@ -210,13 +208,13 @@ def write_files(folder, files):
         for path in temporary.values():
             path.unlink(missing_ok=True)
 
-def load(path, model=None):
-    """What a .json or .pt file of a run holds; its weights go to `model`. No code in the file is run."""
+def load(path, **parts):
+    """What a .json or .pt file of a run holds; what it has under the names of `parts` goes there. It can't run code."""
     try:
         saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
-        if model is not None:
-            model.load_state_dict(saved["model"])
-        return {**saved, "config": dict(saved["config"])}
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        return {**saved, "config": {name: saved["config"][name] for name in saved["config"] if name not in MODES}}
     except Exception as error:  # half a dozen types: not there, damaged, other shapes, a pickle with code
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{path} can't be used ({reason}): run without --eval and --resume anew") from None
@@ -224,7 +222,7 @@ def load(path, model=None):
 def config(args):
     """All of `args` that decides what a run computes, as JSON holds it: neither paths nor modes nor the device."""
     return json.loads(json.dumps({name: value for name, value in vars(args).items()
-                                  if name not in ("resume", "eval", "device") and not isinstance(value, Path)}))
+                                  if name not in MODES and not isinstance(value, Path)}))
 
 def check_config(saved, args, path):
     """RunError where a file was made with another config."""
@@ -236,7 +234,7 @@ def check_config(saved, args, path):
 
 def fingerprint(model):
     """A hash of the network: its layers with their settings, the shapes of its tensors."""
-    layers = str(model).replace(", bias=True", "")  # the shapes show it, and only newer releases print it for batch norm
+    layers = str(model).replace(", bias=True", "")  # in the shapes; only new releases print it for batch norm
     shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
     return hashlib.sha256(f"{layers}{shapes}".encode()).hexdigest()[:16]
 
@@ -282,7 +280,7 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
     folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
     evaluate = evaluate or (lambda model: {"test": test_loop(model, loss_fn, data.test)})
     if args.eval:
-        load(folder / "model.pt", model)
+        load(folder / "model.pt", model=model)
         measured = evaluate(model)
         compare(load(folder / "metrics.json"), measured, folder / "metrics.json")
         print(f"{folder}: confirmed, {describe(measured['test'])}", flush=True)
@@ -316,6 +314,8 @@ def describe(test):
 
 # -------------------------------------------------------------------------------------------------------------- studies
 
+ENTRY = ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")  # of a run, in its study's metrics.json
+
 def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
     """The runs of a study, each in a folder of its own, then its metrics.json and figures in `args.folder`.
 
@@ -323,8 +323,10 @@ def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
     network, and may add to its args what it starts from. `train(args, model)` ends in `run`. `plot(runs)` gives summary
     and {file name: figure} from the metrics of all runs in the folder whose args differ only in what varies.
     """
+    varying = sorted({name for varies in runs.values() for name in varies})
     if args.eval:
         runs = {path.parent.name: load(path)["config"] for path in sorted(args.folder.glob("*/model.pt"))}
+        runs = {name: saved for name, saved in runs.items() if saved.keys() >= set(varying)}
         if not runs:
             raise RunError(f"no model.pt below {args.folder}: run the same command without --eval first")
     start, costs = time.perf_counter(), [cost(varies) for varies in runs.values()]
@@ -336,12 +338,10 @@ def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
         train(own, make_model(own))
     if args.eval or torch.distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         return
-    varying = sorted({name for varies in runs.values() for name in varies})
     comparable = comparable_runs(args, varying, make_model)
     summary, figures = plot(comparable)
     short = [{"folder": run["folder"], **{name: run["config"][name] for name in varying},
-              **{name: run[name] for name in ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")}}
-             for run in comparable]
+              **{name: run[name] for name in ENTRY}} for run in comparable]
     write_files(args.folder, {**figures, "metrics.json": {"config": config(args), "summary": summary, "runs": short}})
     print(f"files in {args.folder}")
 
@@ -365,7 +365,7 @@ def comparable_runs(args, varying, make_model):
             own = argparse.Namespace(**{**vars(args), **{name: metrics["config"][name] for name in varying}})
             own.network = fingerprint(make_model(own))
             check_config(metrics["config"], own, "it")
-            runs.append({"folder": path.parent.name, **metrics})
+            runs.append({"folder": path.parent.name, **{name: metrics[name] for name in ENTRY}, **metrics})
         except (RunError, KeyError) as error:
             print(f"{path.parent} is left out of the summary: {error}")
     return runs
@@ -408,8 +408,7 @@ def make_parser(description, **defaults):
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
     mode.add_argument("--eval", action="store_true", help="no training: compare the saved weights with metrics.json")
-    hyperparameters = {"weight_decay": 0.0, "warmup_steps": 200, "constant_steps": 2000, "ema_decay": 0.998}
-    parser.set_defaults(**{**hyperparameters, **defaults})
+    parser.set_defaults(**{"weight_decay": 0.0, "warmup_steps": 200, "constant_steps": 2000, "ema_decay": 0.998} | defaults)
     return parser
 
 def parse_args(parser, argv, script):
@@ -417,13 +416,14 @@ def parse_args(parser, argv, script):
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, list) and len(set(value)) < len(value):
-            parser.error(f"argument --{name}: the same value twice")
+            parser.error(f"argument --{name.replace('_', '-')}: the same value twice")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     there = ["cpu", accelerator.type] if accelerator else ["cpu"]
     if args.device not in (*there, "auto"):
         parser.error(f"argument --device: there is no {args.device} here, try --device auto")
     args.device = there[-1] if args.device == "auto" else args.device
     if args.device == "cuda":  # under torchrun each rank its own
+        torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     args.device, args.folder = torch.device(args.device), args.out / script
     if args.eval:
@@ -441,7 +441,7 @@ def cli():
     try:
         yield
     except (RunError, OSError) as error:
-        sys.exit(f"error: {error}" + (": make room, or give another folder" if isinstance(error, OSError) else ""))
+        sys.exit(f"error: {error}{': make room, or give another folder' * isinstance(error, OSError)}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

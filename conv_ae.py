@@ -117,7 +117,7 @@ def plot_reconstructions(folders, data):
     rows, labels = [images], ["original"]
     for latent, folder in sorted(folders.items()):
         model = Autoencoder(latent).to(images.device).eval()
-        common.load(folder / "model.pt", model)
+        common.load(folder / "model.pt", model=model)
         rows.append(model(images))
         labels.append(f"{latent} dimensions")
     return common.image_grid(torch.stack(rows), labels, names)
