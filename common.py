@@ -408,7 +408,7 @@ def make_parser(description, **defaults):
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
     mode.add_argument("--eval", action="store_true", help="no training: compare the saved weights with metrics.json")
-    parser.set_defaults(**{"weight_decay": 0.0, "warmup_steps": 200, "constant_steps": 2000, "ema_decay": 0.998} | defaults)
+    parser.set_defaults(**dict(weight_decay=0.0, warmup_steps=200, constant_steps=2000, ema_decay=0.998) | defaults)
     return parser
 
 def parse_args(parser, argv, script):
