@@ -142,7 +142,7 @@ def train_loop(model, loss_fn, data, args):
         model.train()
         if args.device.type != "cpu":  # for dropout and augmentation: so the checkpoint needs the CPU's state only
             torch.get_device_module().manual_seed(100_000 * args.seed + epoch)
-        order = torch.randperm(len(data.train.labels)).to(args.device)  # by the CPU: the same batches on every device
+        order = torch.randperm(len(data.train.labels)).to(args.device)  # drawn by the CPU
         for step, batch in enumerate(order.split(args.batch_size), (epoch - 1) * steps_per_epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * steps_per_epoch, args)
             loss = loss_fn(model, data.train.images[batch], data.train.labels[batch])["loss"]
@@ -314,7 +314,7 @@ def describe(test):
 
 # -------------------------------------------------------------------------------------------------------------- studies
 
-ENTRY = ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")  # of a run, in its study's metrics.json
+RUN_METRICS = ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")  # what a study keeps of a run
 
 def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
     """The runs of a study, each in a folder of its own, then its metrics.json and figures in `args.folder`.
@@ -341,7 +341,7 @@ def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
     comparable = comparable_runs(args, varying, make_model)
     summary, figures = plot(comparable)
     short = [{"folder": run["folder"], **{name: run["config"][name] for name in varying},
-              **{name: run[name] for name in ENTRY}} for run in comparable]
+              **{name: run[name] for name in RUN_METRICS}} for run in comparable]
     write_files(args.folder, {**figures, "metrics.json": {"config": config(args), "summary": summary, "runs": short}})
     print(f"files in {args.folder}")
 
@@ -365,7 +365,7 @@ def comparable_runs(args, varying, make_model):
             own = argparse.Namespace(**{**vars(args), **{name: metrics["config"][name] for name in varying}})
             own.network = fingerprint(make_model(own))
             check_config(metrics["config"], own, "it")
-            runs.append({"folder": path.parent.name, **{name: metrics[name] for name in ENTRY}, **metrics})
+            runs.append({"folder": path.parent.name, **{name: metrics[name] for name in RUN_METRICS}, **metrics})
         except (RunError, KeyError) as error:
             print(f"{path.parent} is left out of the summary: {error}")
     return runs
