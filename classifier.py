@@ -14,19 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import common
-from conv_ae import Autoencoder, Encoder
+from conv_ae import Autoencoder, Encoder, predict, to_device
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
 class Classifier(nn.Module):
-    """Images (B, 1, 28, 28) to logits (B, 10). The head sits on the encoder's feature maps, not on the latent vector
+    """Images (B, 1, 28, 28) to logits (B, 10). The head sits on the encoder's features, not on the latent vector
     behind them, where a frozen encoder validated worse."""
 
     def __init__(self, encoder, dropout):
         super().__init__()
         self.encoder = encoder.features
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(128 * 5 * 5, 128), nn.ReLU(), nn.Dropout(dropout),
-                                  nn.Linear(128, 10))
+        self.head = nn.Sequential(nn.Linear(128 * 5 * 5, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 10))
 
     def forward(self, x):
         return self.head(self.encoder(x))
@@ -84,17 +83,11 @@ def labelled(split, count, seed):
     chosen = label_subset(split.labels, count, seed).repeat(passes(count))
     return common.Split(split.images[chosen], split.labels[chosen])
 
-@torch.no_grad()
-def predict(model, images, dtype=torch.float32):
-    """model(images) in evaluation, by chunks that fit into the cache."""
-    model.eval()
-    return torch.cat([model(chunk).to(dtype) for chunk in images.split(250)])
-
 def frozen_features(encoder, data):
     """The training and validation splits with the encoder's features (N, 3200) in the images' place: computed once, as
     without augmentation they never change; in half precision, as they are the largest thing in memory."""
-    encoder = nn.Sequential(encoder.features, nn.Flatten()).to(data.train.images.device)
-    train, val = (common.Split(predict(encoder, split.images, torch.float16), split.labels)
+    features = encoder.features.to(data.train.images.device)
+    train, val = (common.Split(predict(features, split.images, torch.float16), split.labels)
                   for split in (data.train, data.val))
     return SimpleNamespace(train=train, val=val)
 
@@ -125,9 +118,10 @@ def by_cell(runs):
     return dict(sorted(cells.items()))
 
 def summarize(runs):
-    """One row per label count and strategy, over seeds: what it ends at, and how far it is after the first epoch."""
-    summary = []
-    for (labels, strategy), same in by_cell(runs).items():
+    """One row per label count and strategy, over seeds: what it ends at, how far it is after the first epoch, and its
+    test accuracy minus that of `scratch`, paired by seed, with the standard error of that mean."""
+    summary, cells = [], by_cell(runs)
+    for (labels, strategy), same in cells.items():
         checks = [{check["epoch"]: check["accuracy"] for check in run["validation"]} for run in same]
         columns = {"test_accuracy": [run["test"]["accuracy"] for run in same],
                    "test_loss": [run["test"]["loss"] for run in same],
@@ -136,7 +130,11 @@ def summarize(runs):
         row = {"strategy": strategy, "labels": labels, "n": len(same), "parameters": same[0]["parameters"]}
         for name, values in columns.items():
             row[f"{name}_mean"], row[f"{name}_std"] = (None, None) if None in values else common.mean_std(values)
-        summary.append(row)
+        scratch = {run["config"]["seed"]: run["test"]["accuracy"] for run in cells.get((labels, "scratch"), [])}
+        gains = [run["test"]["accuracy"] - scratch[run["config"]["seed"]] for run in same
+                 if run["config"]["seed"] in scratch]
+        mean, std = common.mean_std(gains) if gains else (None, None)
+        summary.append({**row, "minus_scratch_mean": mean, "minus_scratch_se": std and std / len(gains) ** 0.5})
     return summary
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -215,7 +213,7 @@ def make_model(args, encoder, encoder_hash):
     args.encoder_hash = None if args.strategy == "scratch" else encoder_hash
     if args.encoder_hash:
         model.encoder.load_state_dict(encoder.features.state_dict())
-    return model.to(args.device, memory_format=torch.channels_last)
+    return to_device(model, args.device)
 
 @common.cli()
 def main(argv=None):

@@ -67,8 +67,10 @@ def load_data(data_dir, device):
     missing = [name for name in FILES if find_file(name, data_dir) is None]
     if missing:
         from torchvision.datasets import FashionMNIST  # here, because the import takes seconds and few runs need it
+        print(f"downloading Fashion-MNIST (30 MB) into {data_dir}", flush=True)
         try:
-            FashionMNIST(data_dir, download=True)
+            with locked(data_dir, wait=True):  # of several ranks one downloads, the others find its files
+                FashionMNIST(data_dir, download=True)
         except (OSError, RuntimeError) as error:
             raise RunError(f"no {missing[0]} and no download ({' '.join(str(error).split())}): {HOW_TO_GET}") from None
     arrays = [read_idx(name, data_dir).to(device) for name in FILES]
@@ -117,15 +119,22 @@ def update_ema(pairs, step, decay):
 
 @torch.no_grad()
 def test_loop(model, loss_fn, split, batch_size=250):
-    """The means of `loss_fn` over a split. Noise is seeded and the generator put back: training is not disturbed."""
+    """The means of `loss_fn` over a split. Its noise is the same in every evaluation."""
     totals = defaultdict(float)
     model.eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
-            for name, mean in loss_fn(model, images, labels).items():
-                totals[name] += mean.item() * len(labels)
+    torch.manual_seed(0)
+    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
+        for name, mean in loss_fn(model, images, labels).items():
+            totals[name] += mean.item() * len(labels)
     return {name: round(total / len(split.labels), 7) for name, total in totals.items()}
+
+@torch.no_grad()
+def knn_accuracy(index, index_labels, queries, query_labels, k=10):
+    """Share of `queries` (Q, D) whose label is the most frequent of their k nearest, Euclidean, in `index` (N, D)."""
+    nearest = [torch.cdist(points, index).topk(min(k, len(index)), largest=False).indices
+               for points in queries.split(1000)]
+    votes = index_labels[torch.cat(nearest)].cpu().mode(1).values  # mode is not implemented on MPS
+    return (votes == query_labels.cpu()).double().mean().item()
 
 def train_loop(model, loss_fn, data, args):
     """Trains `model` in place, leaves it at its best weights, returns the history, a row an epoch. Validated and kept
@@ -140,9 +149,8 @@ def train_loop(model, loss_fn, data, args):
     while len(history) < args.epochs and not stops_early(history, args.patience, args.min_delta):
         epoch, start, total = len(history) + 1, time.perf_counter(), torch.zeros((), device=args.device)
         model.train()
-        if args.device.type != "cpu":  # for dropout and augmentation: so the checkpoint needs the CPU's state only
-            torch.get_device_module().manual_seed(100_000 * args.seed + epoch)
-        order = torch.randperm(len(data.train.labels)).to(args.device)  # drawn by the CPU
+        torch.manual_seed(100_000 * args.seed + epoch)  # of all devices: an epoch draws the same, resumed or not
+        order = torch.randperm(len(data.train.labels)).to(args.device)  # drawn by the CPU: the same on every device
         for step, batch in enumerate(order.split(args.batch_size), (epoch - 1) * steps_per_epoch):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * steps_per_epoch, args)
             loss = loss_fn(model, data.train.images[batch], data.train.labels[batch])["loss"]
@@ -174,8 +182,7 @@ def epoch_line(history, args):
 
 def save_checkpoint(state, history, args):
     write_files(args.folder, {"checkpoint.pt": {
-        "config": config(args), "history": history, "rng": torch.get_rng_state(),
-        **{name: part.state_dict() for name, part in state.items()}}})
+        "config": config(args), "history": history, **{name: part.state_dict() for name, part in state.items()}}})
 
 def load_checkpoint(state, args):
     """Puts back what `save_checkpoint` wrote and returns the history; [] where there is no checkpoint."""
@@ -183,9 +190,7 @@ def load_checkpoint(state, args):
     if not path.exists():
         return []
     check_config(load(path)["config"], args, path)
-    saved = load(path, **state)
-    torch.set_rng_state(saved["rng"])
-    return saved["history"]
+    return load(path, **state)["history"]
 
 # -------------------------------------------------------------------------------------------------------------- results
 
@@ -229,8 +234,8 @@ def check_config(saved, args, path):
     own = config(args)
     for name in {**own, **saved}:
         if saved.get(name) != own.get(name):
-            raise RunError(f"{path} was made with {name} {saved.get(name)}, not {own.get(name)}: give the same flags "
-                           f"(--{name.replace('_', '-')} {saved.get(name)}) and code, or another --out")
+            raise RunError(f"{path} was made with {name} {saved.get(name)}, not {own.get(name)}: give the "
+                           "same flags and code, or another --out")
 
 def fingerprint(model):
     """A hash of the network: its layers with their settings, the shapes of its tensors."""
@@ -239,8 +244,8 @@ def fingerprint(model):
     return hashlib.sha256(f"{layers}{shapes}".encode()).hexdigest()[:16]
 
 @contextlib.contextmanager
-def locked(folder):
-    """Makes `folder` and holds it for this process. RunError where another one does. The lock dies with its process."""
+def locked(folder, wait=False):
+    """Makes `folder` and holds it until the block or the process ends. RunError where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     if os.name == "nt":  # no flock there: do not start two runs into one folder
         yield
@@ -248,7 +253,7 @@ def locked(folder):
     import fcntl
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError:
         raise RunError(f"another process is writing to {folder}: wait for it, or give another --out") from None
@@ -275,8 +280,7 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
 
     `evaluate(model)` gives what goes into metrics.json, test metrics as {"test": {name: value}}; without it, the values
     of `loss_fn`. `plot(model, history)` gives {file name: figure}. --resume continues an unfinished run and leaves a
-    complete one alone. --eval evaluates the saved weights and writes nothing.
-    """
+    complete one alone. --eval evaluates the saved weights and writes nothing."""
     folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
     evaluate = evaluate or (lambda model: {"test": test_loop(model, loss_fn, data.test)})
     if args.eval:
@@ -293,16 +297,15 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
             return
         if not args.resume and (checkpoint.exists() or (folder / "metrics.json").exists()):
             print(f"{folder}: the results there will be replaced; --resume keeps them", flush=True)
+        environment = {"python": platform.python_version(), "torch": torch.__version__, "device": args.device.type,
+                       "threads": torch.get_num_threads(), "torchvision": version("torchvision")}
         history = train_loop(trained or model, loss_fn, data, args)
         metrics = {
-            "config": config(args),
-            "environment": {"python": platform.python_version(), "torch": torch.__version__, "device": args.device.type,
-                            "threads": torch.get_num_threads(), "torchvision": version("torchvision")},
-            "parameters": sum(p.numel() for p in model.parameters()), "epochs_run": len(history),
+            "config": config(args), "environment": environment, "epochs_run": len(history),
             "best_epoch": best_epoch(history), "train_seconds": round(sum(row["seconds"] for row in history), 2),
+            "parameters": sum(p.numel() for p in model.parameters()),
             **evaluate(model), "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row]}
-        losses = [f"{row['epoch']},{row['train_loss']:.7f},{row['val']['loss'] if 'val' in row else ''}"
-                  for row in history]
+        losses = [f"{row['epoch']},{row['train_loss']:.7f},{row.get('val', {}).get('loss', '')}" for row in history]
         write_files(folder, {**(plot(model, history) if plot else {}), "metrics.json": metrics,
                              "losses.csv": "\n".join(["epoch,train_loss,val_loss", *losses, ""]),
                              "model.pt": {"config": config(args), "model": model.state_dict()}})
@@ -321,8 +324,7 @@ def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
 
     `runs` is {folder name: what varies in that run}; `args` holds what does not. `make_model(args)` builds a run's
     network, and may add to its args what it starts from. `train(args, model)` ends in `run`. `plot(runs)` gives summary
-    and {file name: figure} from the metrics of all runs in the folder whose args differ only in what varies.
-    """
+    and {file name: figure} from the metrics of all runs in the folder whose args differ only in what varies."""
     varying = sorted({name for varies in runs.values() for name in varies})
     if args.eval:
         runs = {path.parent.name: load(path)["config"] for path in sorted(args.folder.glob("*/model.pt"))}
@@ -441,7 +443,7 @@ def cli():
     try:
         yield
     except (RunError, OSError) as error:
-        sys.exit(f"error: {error}{': make room, or give another folder' * isinstance(error, OSError)}")
+        sys.exit(f"error: {error}{': check the space and the permissions there' * isinstance(error, OSError)}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

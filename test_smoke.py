@@ -169,14 +169,13 @@ def test_an_epoch_takes_every_image_once_in_a_new_order_at_the_rates_of_the_sche
     assert epochs[0] != epochs[1] != epochs[2] and len(set(epochs[0])) > 190
     assert steps == [(step, 12) for step in range(12)]
 
-def test_test_loop_weights_by_images_in_float32_and_leaves_the_generator_alone(data):
+def test_test_loop_weights_by_images_in_float32_and_draws_the_same_noise_again(data):
     split, model = common.load_data(data, CPU).val, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 1))
     def loss_fn(model, images, labels):
         assert not model.training and not torch.is_grad_enabled()
         return {"loss": common.forward(model, images).mean(), "noise": torch.rand(())}
-    state = torch.get_rng_state()
     ragged = common.test_loop(model, loss_fn, split, batch_size=7)
-    assert torch.equal(torch.get_rng_state(), state) and ragged == common.test_loop(model, loss_fn, split, batch_size=7)
+    assert ragged == common.test_loop(model, loss_fn, split, batch_size=7)
     assert ragged["loss"] == pytest.approx(model(split.images).mean().item(), abs=2e-7)
 
 def test_kl_is_that_of_torch_distributions():
@@ -202,7 +201,7 @@ def test_bounds_act_only_on_the_unusual():
     with torch.no_grad():
         model.logvar.bias += torch.tensor([1e6, -1e6]).repeat(4)
         model.mu.bias += torch.tensor([1e6, -1e6]).repeat(4)
-    assert vae.kl_divergence(*model.encode(images)).max() < 3700
+    assert vae.kl_divergence(*model.encode(images)).max() < 480
 
 def test_sampled_latents_have_the_moments_of_the_posterior():
     z = vae.VAE().reparameterize(torch.full((200_000, 1), 3.0), torch.full((200_000, 1), math.log(0.25)))
@@ -211,7 +210,7 @@ def test_sampled_latents_have_the_moments_of_the_posterior():
 def test_knn_accuracy_by_hand():
     index, labels = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]]), torch.tensor([1, 1, 2, 3, 3])
     queries, truth = torch.tensor([[0.05], [5.05], [0.3]]), torch.tensor([1, 3, 2])
-    assert vae.knn_accuracy(index, labels, queries, truth, k=3) == pytest.approx(2 / 3)
+    assert common.knn_accuracy(index, labels, queries, truth, k=3) == pytest.approx(2 / 3)
 
 def test_vae_writes_what_it_should(data, flags, tmp_path, capsys):
     vae.main(flags)
@@ -250,9 +249,9 @@ def test_pca_is_that_of_a_direct_svd_and_the_summary_is_per_size():
     basis = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:5]
     centred = test.flatten(1).double() - mean
     expected = (centred - centred @ basis.T @ basis).square().mean().item()
-    runs = [{"config": {"latent": size}, "parameters": 9, "test": {"mse": mse, "l1": 2 * mse}}
-            for size, mse in ((5, 0.1), (3, 0.4), (5, 0.3))]
-    splits = SimpleNamespace(train=common.Split(train, None), test=common.Split(test, None))
+    runs = [{"config": {"latent": size}, "parameters": 9, "latent_knn_accuracy": mse,
+             "test": {"mse": mse, "l1": 2 * mse}} for size, mse in ((5, 0.1), (3, 0.4), (5, 0.3))]
+    splits = SimpleNamespace(train=common.Split(train, torch.arange(200)), test=common.Split(test, torch.arange(50)))
     three, five = conv_ae.summarize(runs, splits)
     assert five["pca_mse"] == pytest.approx(expected) and five["ratio"] == pytest.approx(0.2 / expected)
     assert (five["n"], five["mse_mean"], five["l1_mean"]) == (2, pytest.approx(0.2), pytest.approx(0.4))
@@ -273,7 +272,8 @@ def test_conv_ae_study_end_to_end_and_continued(flags, tmp_path, capsys):
     assert (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns == stamp
     conv_ae.main(flags + ["--eval"])
     assert capsys.readouterr().out.count("confirmed") == 5
-    assert "--epochs" in fails(conv_ae.main, flags + ["--latents", "3", "--epochs", "4", "--resume"], capsys, 1)
+    other = flags + ["--latents", "3", "--epochs", "4", "--resume"]
+    assert "with epochs 3, not 4" in fails(conv_ae.main, other, capsys, 1)
     (study / "latent003-seed0" / "model.pt").unlink()
     conv_ae.main(flags + ["--latents", "5", "--resume"])
     assert "reconstructions.png is left as it was: no model.pt in" in capsys.readouterr().out
@@ -334,6 +334,7 @@ def test_classifier_study_end_to_end(encoder, data, flags, tmp_path, capsys):
     assert all(contents(study / run).keys() == {"losses.csv", "metrics.json", "model.pt"} for run in runs)
     statistics = {f"{name}_{kind}" for kind in ("mean", "std") for name in (
         "test_accuracy", "test_loss", "val_accuracy", "val_accuracy_first_epoch")}
+    statistics |= {"minus_scratch_mean", "minus_scratch_se"}
     assert metrics(study)["summary"][-1].keys() == statistics | {"strategy", "labels", "n", "parameters"}
     assert metrics(study / "scratch-labels200-seed0")["test"]["accuracy"] > 0.95  # the blocks are easy to tell apart
     start = weights(encoder.parent)
@@ -471,7 +472,7 @@ def test_full_disk_leaves_earlier_results_intact(flags, tmp_path, capsys, no_fig
     before, limits = contents(tmp_path / "out" / "vae"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a write past that fails as on a full disk
     try:
-        assert "make room" in fails(vae.main, flags + ["--seed", "1"], capsys, 1)
+        assert "check the space" in fails(vae.main, flags + ["--seed", "1"], capsys, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path / "out" / "vae") == before
