@@ -67,9 +67,9 @@ def load_data(data_dir, device):
     missing = [name for name in FILES if find_file(name, data_dir) is None]
     if missing:
         from torchvision.datasets import FashionMNIST  # here, because the import takes seconds and few runs need it
-        print(f"downloading Fashion-MNIST (30 MB) into {data_dir}", flush=True)
         try:
             with locked(data_dir, wait=True):  # of several ranks one downloads, the others find its files
+                print(f"downloading Fashion-MNIST (30 MB) into {data_dir}", flush=True)
                 FashionMNIST(data_dir, download=True)
         except (OSError, RuntimeError) as error:
             raise RunError(f"no {missing[0]} and no download ({' '.join(str(error).split())}): {HOW_TO_GET}") from None
@@ -287,7 +287,7 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
         load(folder / "model.pt", model=model)
         measured = evaluate(model)
         compare(load(folder / "metrics.json"), measured, folder / "metrics.json")
-        print(f"{folder}: confirmed, {describe(measured['test'])}", flush=True)
+        print(f"{folder}: confirmed:", *(f"{name} {value:.5f}" for name, value in measured["test"].items()), flush=True)
         return
     args.network = fingerprint(model)
     with locked(folder):
@@ -300,20 +300,17 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
         environment = {"python": platform.python_version(), "torch": torch.__version__, "device": args.device.type,
                        "threads": torch.get_num_threads(), "torchvision": version("torchvision")}
         history = train_loop(trained or model, loss_fn, data, args)
-        metrics = {
-            "config": config(args), "environment": environment, "epochs_run": len(history),
-            "best_epoch": best_epoch(history), "train_seconds": round(sum(row["seconds"] for row in history), 2),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            **evaluate(model), "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row]}
+        checks = [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row]
+        metrics = {"config": config(args), "environment": environment, "epochs_run": len(history),
+                   "best_epoch": best_epoch(history), "train_seconds": round(sum(row["seconds"] for row in history), 2),
+                   "parameters": sum(p.numel() for p in model.parameters()), **evaluate(model), "validation": checks}
         losses = [f"{row['epoch']},{row['train_loss']:.7f},{row.get('val', {}).get('loss', '')}" for row in history]
         write_files(folder, {**(plot(model, history) if plot else {}), "metrics.json": metrics,
                              "losses.csv": "\n".join(["epoch,train_loss,val_loss", *losses, ""]),
                              "model.pt": {"config": config(args), "model": model.state_dict()}})
         checkpoint.unlink(missing_ok=True)
-        print(f"test {describe(metrics['test'])}\nfiles in {folder}", flush=True)
-
-def describe(test):
-    return "  ".join(f"{name} {value:.5f}" for name, value in test.items())
+        print("test", *(f"{name} {value:.5f}" for name, value in metrics["test"].items()))
+        print(f"files in {folder}", flush=True)
 
 # -------------------------------------------------------------------------------------------------------------- studies
 
@@ -331,7 +328,7 @@ def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
         runs = {name: saved for name, saved in runs.items() if saved.keys() >= set(varying)}
         if not runs:
             raise RunError(f"no model.pt below {args.folder}: run the same command without --eval first")
-    start, costs = time.perf_counter(), [cost(varies) for varies in runs.values()]
+    start, costs = time.perf_counter(), [1 if args.eval else cost(varies) for varies in runs.values()]
     for done, (turn, (name, varies)) in enumerate(share_out(list(enumerate(runs.items())))):
         left = (time.perf_counter() - start) * sum(costs[turn:]) / max(sum(costs[:turn]), 1) / 60
         print(f"--- {name}: run {turn + 1} of {len(runs)}{f', about {left:.0f} min left' * (done > 0)}", flush=True)
@@ -400,7 +397,7 @@ def make_parser(description, **defaults):
     add("--epochs", type=number(int, 1, 100_000), help="at most so many (default: %(default)s)")
     add("--batch-size", type=number(int, 1, 10_000), help="images a step (default: %(default)s)")
     add("--lr", type=number(float, 1e-8, 10), help="AdamW's peak learning rate (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, batches, noise (default: %(default)s)")
+    add("--seed", type=number(int, 0, 42_948), default=0, help="of weights, batches, noise (default: %(default)s)")
     add("--patience", type=number(int, 0, 100_000), help="early stopping, in epochs; 0: off (default: %(default)s)")
     add("--min-delta", type=number(float, 0, 1000), default=1e-3, help="a fall that counts (default: %(default)s)")
     add("--val-every", type=number(int, 1, 100_000), help="epochs between validations (default: %(default)s)")

@@ -128,7 +128,7 @@ def plot_errors(studies):
                             textcoords="offset points", ha="center")
     errors.plot(sizes, [row["pca_mse"] for row in summary], "s--", color=common.COLORS[8], label="PCA")
     errors.margins(y=0.12)
-    errors.legend(title="×: over PCA", alignment="left")
+    errors.legend(title="×: error relative to PCA's", alignment="left")
     classes.axhline(summary[0]["pixel_knn_accuracy"], linestyle="--", color=common.COLORS[8], label="on the 784 pixels")
     classes.legend(loc="lower right")
     return figure
@@ -184,7 +184,7 @@ def main(argv=None):
         summary = summarize(runs, data)
         studies, longer = {args.epochs: summary}, args.out / "long" / "conv_ae" / "metrics.json"
         if longer.exists():  # what the same command with more --epochs wrote, for comparison
-            studies[common.load(longer)["config"]["epochs"]] = common.load(longer)["summary"]
+            studies = {common.load(longer)["config"]["epochs"]: common.load(longer)["summary"], **studies}
         figures = {"latent_vs_error.png": plot_errors(studies)}
         folders = {run["config"]["latent"]: args.folder / run["folder"] for run in reversed(runs)}  # the first seed's
         missing = [folder.name for folder in folders.values() if not (folder / "model.pt").exists()]

@@ -50,7 +50,7 @@ if [ "$status" -eq 3 ]; then
   sudo=""
   [ "$(id -u)" -eq 0 ] || sudo="sudo -n"
   if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
-    echo "no source of the data answers: installing the Debian package dataset-fashion-mnist"
+    echo "the dataset was not found: installing the Debian package dataset-fashion-mnist"
     $sudo apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || {
       $sudo apt-get update -qq
       $sudo apt-get install -y -qq dataset-fashion-mnist >/dev/null
@@ -69,7 +69,7 @@ export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 echo "=== vae.py"
 "$python" vae.py "$@"
 
-# The studies: one process per GPU, else one per core, at most four. A process with one thread is the thriftiest: on two
+# The studies: one process per GPU, else one per core, at most four. A process with one thread is the most efficient: on two
 # cores two of them get a third more done than one process with two threads.
 read -r ranks threads < <("$python" -c 'import torch
 threads = torch.get_num_threads()

@@ -1,12 +1,15 @@
 """Fast, offline tests through the scripts' own `main`, on a small dataset that they write themselves."""
+import argparse
 import gzip
 import hashlib
 import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import struct
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +22,7 @@ import common
 import conv_ae
 import vae
 
+HERE = Path(__file__).parent
 TRAIN, TEST = 240, 60  # images; 5/6 of TRAIN are trained on
 CPU = torch.device("cpu")
 
@@ -168,6 +172,8 @@ def test_an_epoch_takes_every_image_once_in_a_new_order_at_the_rates_of_the_sche
     assert len(epochs) == 3 and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2] and len(set(epochs[0])) > 190
     assert steps == [(step, 12) for step in range(12)]
+    vae.main(flags + ["--seed", "1", "--epochs", "1"])
+    assert sorted(seen[-len(epochs[0]):]) == sorted(epochs[0]) and seen[-len(epochs[0]):] != epochs[0]
 
 def test_test_loop_weights_by_images_in_float32_and_draws_the_same_noise_again(data):
     split, model = common.load_data(data, CPU).val, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 1))
@@ -217,10 +223,10 @@ def test_vae_writes_what_it_should(data, flags, tmp_path, capsys):
     folder = tmp_path / "out" / "vae"
     files, result = contents(folder), metrics(folder)
     figures = {"losses.png", "reconstructions.png", "samples.png", "latent_pairs.png", "interpolations.png"}
-    assert files.keys() == figures | {"losses.csv", "metrics.json", "model.pt"}
+    assert files.keys() == figures | {"losses.csv", "metrics.json", "model.pt", "explorer.html"}
     assert all(files[name].startswith(b"\x89PNG\r\n\x1a\n") for name in figures)
     assert {"config", "environment", "parameters", "epochs_run", "best_epoch", "train_seconds", "test",
-            "latent_knn_accuracy", "kl_max"} <= result.keys()
+            "latent_knn_accuracy", "kl_max", "kl_max_val"} <= result.keys()
     assert {"python", "torch", "torchvision", "device", "threads"} <= result["environment"].keys()
     assert result["config"].keys() >= {"alpha", "lr", "weight_decay", "warmup_steps", "constant_steps", "ema_decay"}
     assert not result["config"].keys() & {"data", "out", "resume", "eval", "device"} and result["parameters"] == 219808
@@ -242,6 +248,48 @@ def test_eval_confirms_what_is_recorded_and_nothing_else(flags, tmp_path, capsys
                           ("latent_knn_accuracy", {"latent_knn_accuracy": knn + 0.01})):
         (folder / "metrics.json").write_text(json.dumps({**result, **changed}))
         assert name in fails(vae.main, flags + ["--eval"], capsys, 1)
+
+def test_eval_refuses_another_seed_another_epoch_and_another_test_set(flags, tmp_path, capsys, monkeypatch, no_figures):
+    vae.main(flags)
+    for name, own in (("seed", ["--seed", "1"]), ("epoch", ["--epochs", "2"])):
+        vae.main(flags + own + ["--out", str(tmp_path / name)])
+        (tmp_path / name / "vae" / "metrics.json").write_bytes((tmp_path / "out" / "vae" / "metrics.json").read_bytes())
+        assert "test.loss is" in fails(vae.main, flags + ["--eval", "--out", str(tmp_path / name)], capsys, 1)
+    genuine = common.load_data
+    monkeypatch.setattr(common, "load_data", lambda *where: SimpleNamespace(
+        **{**vars(genuine(*where)), "test": genuine(*where).val}))
+    assert "test.loss is" in fails(vae.main, flags + ["--eval"], capsys, 1)
+
+def test_the_explorer_page_decodes_like_the_model_in_a_browser(data, flags, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("there is no Chromium here")
+    vae.main(flags)
+    model, train = vae.VAE(), common.load_data(data, CPU).train
+    model.load_state_dict(weights(tmp_path / "out" / "vae"))
+    mu = model.encode(train.images)[0].detach()
+    codes = torch.cat([mu[train.labels == label].mean(0, keepdim=True) for label in range(10)] + [torch.randn(10, 8)])
+    page = (tmp_path / "out" / "vae" / "explorer.html").read_text()
+    last = """<script>
+        const picture = () => document.querySelector("canvas#image").toDataURL(), pictures = [picture()];
+        const [slider, ...others] = document.querySelectorAll("input[type=range]");
+        slider.value = slider.max;
+        slider.dispatchEvent(new Event("input"));
+        pictures.push(picture());
+        document.querySelector("#classes button:last-child").click();
+        setTimeout(() => { document.body.textContent = JSON.stringify({
+            pictures: [...pictures, picture()], decoded: CODES.map(decode), sliders: 1 + others.length, errors}); }, 999);
+        </script>""".replace("CODES", json.dumps(codes.tolist()))
+    first = "<script>var errors = []; console.error = onerror = text => errors.push(text);</script>"
+    (tmp_path / "page.html").write_text(page.replace("<title>", f"{first}<title>") + last)
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000",
+                           "--force-prefers-reduced-motion",
+                           f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    report = json.loads(re.search("<body>(.*?)</body>", done.stdout, re.DOTALL)[1])
+    assert report["errors"] == [] and report["sliders"] == 8 and len(set(report["pictures"])) == 3
+    expected = model.decode(codes).flatten(1)
+    assert (torch.tensor(report["decoded"]) - expected).abs().max() < 0.02
 
 def test_pca_is_that_of_a_direct_svd_and_the_summary_is_per_size():
     train, test = torch.rand(200, 1, 28, 28), torch.rand(50, 1, 28, 28)
@@ -282,6 +330,66 @@ def test_conv_ae_study_end_to_end_and_continued(flags, tmp_path, capsys):
 def encoder(flags, tmp_path):
     conv_ae.main(flags + ["--latents", "32"])
     return tmp_path / "out" / "conv_ae" / "latent032-seed0" / "model.pt"
+
+class SimulatedMPS(torch.overrides.TorchFunctionMode):
+    """A device on the CPU that behaves like a Mac's GPU: its own draws, no float64, no `mode`, no numpy, no mixing."""
+    LACKS = ("mode", "numpy", "__array__", "multinomial", "eigh", "svd", "double")
+    MIXES = ("copy_", "__get__", "__set__", "_has_compatible_shallow_copy_type", "_fused_adamw_")  # unseen gradients
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.rng = {}, torch.Generator().manual_seed(99).get_state()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.__name__, dict(kwargs or {})
+        def flat(value):
+            inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            return [value] if isinstance(value, torch.Tensor) else [t for part in inner for t in flat(part)]
+        tensors = flat([args, kwargs])
+        here = [tensor.untyped_storage().data_ptr() in self.storages for tensor in tensors]
+        if func == torch.Tensor.device.__get__ and here[0]:
+            return torch.device("mps")
+        if name == "_parse_to":
+            return func(*args, **kwargs)
+        target = [part.type for part in (*args, *kwargs.values()) if isinstance(part, torch.device)]
+        args = tuple(CPU if isinstance(part, torch.device) else part for part in args)
+        kwargs = {key: CPU if isinstance(part, torch.device) else part for key, part in kwargs.items()}
+        leaves = name in ("cpu", "item", "tolist") or target == ["cpu"]
+        if any(here) and not leaves:
+            assert name not in self.LACKS, f"{name} on MPS"
+            alone = all(known or not tensor.dim() for known, tensor in zip(here, tensors))
+            assert alone or name in self.MIXES or name == "__getitem__" and here[0], f"{name} of tensors on two devices"
+        arrives = not leaves and (target == ["mps"] or any(here))
+        if arrives:  # the device draws from a generator of its own
+            cpu = torch.get_rng_state()
+            torch.set_rng_state(self.rng)
+        result = func(*args, **kwargs)
+        if arrives:
+            self.rng = torch.get_rng_state()
+            torch.set_rng_state(cpu)
+        if name in ("to", "cpu") and any(here) != arrives:
+            result = result.clone(memory_format=torch.preserve_format)  # a copy on the other device
+        for tensor in flat(result) if arrives else ():
+            assert tensor.dtype != torch.float64, f"float64 from {name}"
+            self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return result
+
+@pytest.mark.parametrize("script, own", [
+    (vae, []), (conv_ae, ["--latents", "32"]), (classifier, ["--labels", "50", "--seeds", "1"])])
+def test_on_a_simulated_mps_all_runs_and_eval_confirms_on_the_cpu(
+        script, own, flags, encoder, tmp_path, capsys, monkeypatch):
+    genuine = common.parse_args
+    with monkeypatch.context() as patched, SimulatedMPS():
+        patched.setattr(common, "parse_args", lambda *given: argparse.Namespace(
+            **{**vars(genuine(*given)), "device": torch.device("mps")}))
+        script.main(flags + own)
+        model = conv_ae.to_device(conv_ae.Autoencoder(8), torch.device("mps"))
+        assert model.encoder.features[4].weight.is_contiguous()  # in channels_last gradients were wrong there
+    script.main(flags + ["--eval"])
+    assert "confirmed" in capsys.readouterr().out
+    if script is vae:  # nothing but batches and noise is drawn, and the CPU draws both
+        vae.main(flags + ["--out", str(tmp_path / "cpu")])
+        assert contents(tmp_path / "cpu" / "vae")["losses.csv"] == contents(tmp_path / "out" / "vae")["losses.csv"]
 
 def test_label_subsets_are_balanced_and_nested():
     labels = torch.arange(500) % 10
@@ -351,6 +459,15 @@ def test_classifier_study_end_to_end(encoder, data, flags, tmp_path, capsys):
     classifier.main(flags + ["--eval"])
     assert capsys.readouterr().out.count("confirmed") == 6
 
+def test_gain_over_scratch_is_paired_by_seed():
+    runs = [{"config": {"labels": 10, "strategy": strategy, "seed": seed}, "parameters": 9, "best_epoch": 1,
+             "validation": [{"epoch": 1, "accuracy": 0.5}], "test": {"accuracy": accuracy, "loss": 1.0}}
+            for strategy, seed, accuracy in (("scratch", 0, 0.1), ("scratch", 1, 0.5), ("finetune", 1, 0.8),
+                                             ("finetune", 0, 0.2), ("finetune", 2, 0.9))]
+    finetune, _ = classifier.summarize(runs)
+    assert finetune["minus_scratch_mean"] == pytest.approx(0.2)  # of 0.1 and 0.3
+    assert finetune["minus_scratch_se"] == pytest.approx(math.sqrt(0.02) / math.sqrt(2))
+
 def test_a_run_starts_and_ends_the_same_alone_and_after_others(encoder, flags, tmp_path):
     flags = flags + ["--labels", "50", "--encoder", str(encoder)]
     classifier.main(flags + ["--seeds", "2"])
@@ -414,21 +531,59 @@ def test_runs_of_an_edited_network_share_no_row(flags, tmp_path, capsys, monkeyp
     (row,) = metrics(tmp_path / "out" / "conv_ae")["summary"]
     assert row["n"] == 1 and "seed0 is left out of the summary: it was made with network" in capsys.readouterr().out
 
-def test_every_decimal_number_in_the_readme_stands_in_a_results_file():
-    here, known, vaes = Path(__file__).parent, [0.0838], {}  # the reference result
-    for path in (here / "results").rglob("metrics.json"):
-        file = json.loads(path.read_text(), parse_float=lambda number: known.append(float(number)) or float(number))
-        if "kl_max" in file:
-            vaes.setdefault(file["config"]["patience"], []).append(
-                {**file["test"], "knn": file["latent_knn_accuracy"], "seconds": file["train_seconds"]})
-    for runs in vaes.values():
-        for name in runs[0]:
-            known += [statistic for statistic in common.mean_std([run[name] for run in runs]) if statistic]
-    known += [100 * number for number in known]
-    text = re.sub(r"```.*?```", "", (here / "README.md").read_text(), flags=re.DOTALL)
-    for token in re.findall(r"(?<![\d.:])\d+\.\d+(?![\d.:])", text):
+def committed(*patterns):
+    """The JSON files of the last commit that match, sorted by name: a user's runs may lie in the working tree."""
+    def git(*command):
+        done = subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True, encoding="utf-8")
+        return done.stdout if done.returncode == 0 else pytest.skip(f"no committed results: {done.stderr.strip()}")
+    if not (HERE / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no committed results: this is no git clone, or there is no git")
+    names = git("ls-tree", "-r", "--name-only", "HEAD", "results").split()
+    wanted = [name for pattern in patterns for name in names if Path(name).match(f"results/{pattern}/metrics.json")]
+    return [json.loads(git("show", f"HEAD:{name}")) for name in wanted]
+
+def test_readme_holds_the_committed_results_each_cell_those_of_its_row():
+    def pm(mean, std, digits):
+        return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
+    rows, pool = ["| the reference result | | 0.08380 | | | | |"], [0.0838]
+    for run, runs in (("`python vae.py --epochs 200`, stops early", committed("vae", "seed?/vae")),
+                      ("`--patience 0`, all 200 epochs", committed("full-seed?/vae"))):
+        loss, recon, kl = (common.mean_std([run["test"][name] for run in runs]) for name in ("loss", "recon", "kl"))
+        knn, largest = common.mean_std([run["latent_knn_accuracy"] for run in runs]), [run["kl_max"] for run in runs]
+        rows.append(f"| {run} | {len(runs)} | {pm(*loss, 5)} | {pm(*recon, 5)} | {pm(*kl, 2)} | {pm(*knn, 3)} | "
+                    f"{min(largest):.0f} to {max(largest):.0f} |")
+        pool += [*loss, *recon, *kl, *knn]
+    (sizes,), (strategies,) = committed("conv_ae"), committed("classifier")
+    for row in sizes["summary"]:
+        mse, l1, knn = ((row[f"{name}_mean"], row[f"{name}_std"]) for name in ("mse", "l1", "latent_knn_accuracy"))
+        rows.append(f"| {row['latent']} | {row['parameters']:,} | {row['n']} | {pm(*mse, 5)} | {pm(*l1, 5)} | "
+                    f"{row['pca_mse']:.5f} | {row['ratio']:.3f} | {pm(*knn, 3)} |")
+    for row in strategies["summary"]:
+        test, val, first = ((row[f"{name}_mean"], row[f"{name}_std"]) for name in (
+            "test_accuracy", "val_accuracy", "val_accuracy_first_epoch"))
+        gain = "" if row["strategy"] == "scratch" else f"{pm(row['minus_scratch_mean'], row['minus_scratch_se'], 4)} "
+        rows.append(f"| {row['labels']:,} | {row['strategy']} | {row['n']} | {pm(*test, 4)} | {pm(*val, 4)} | "
+                    f"{pm(*first, 4)} | {gain}|")
+    text = re.sub("```.*?```", "", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    given = [line for line in text.splitlines() if re.match(r"\|(?! `\w+.py` ).*\|.*\d\.\d", line)]
+    assert sorted(given) == sorted(rows)
+    for study in (sizes, strategies):
+        pool += [value for value in common.numbers(study["summary"]).values() if isinstance(value, float)]
+    for token in re.findall(r"(?<![\d.:/])\d+\.\d+(?![\d.:])", "\n".join(set(text.splitlines()) - set(rows))):
         digits = len(token.split(".")[1])
-        assert any(f"{number:.{digits}f}" == token for number in known), f"README.md has {token}, no results file does"
+        assert any(f"{abs(part):.{digits}f}" == token for value in pool for part in (value, 100 * value)), token
+
+def test_readme_snippets_run(data, flags, tmp_path, monkeypatch):
+    experiment, weights = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
+    monkeypatch.setattr("sys.argv", ["denoise.py", *flags])
+    exec(experiment, {})
+    assert metrics(tmp_path / "out" / "denoise")["test"].keys() == {"loss"}
+    if not (HERE / "results" / "vae" / "model.pt").exists():
+        pytest.skip("there are no weights in results/")
+    monkeypatch.chdir(HERE)
+    names = {"images": common.load_data(data, CPU).test.images}
+    exec(weights, names)
+    assert names["mu"].shape == (TEST, 8)
 
 BAD_NUMBERS = ("0", "-1", "1.5", "x", "nan", "inf", "", "1" * 30)
 BAD_REALS = ("-1", "x", "nan", "inf", "", "1e30")

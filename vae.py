@@ -4,7 +4,10 @@
 
 The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114), with an L1 reconstruction loss.
 """
+import binascii
 import functools
+import json
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -88,20 +91,20 @@ def plot_losses(history):
     """Training loss every epoch, validation loss where it was evaluated, the best epoch marked."""
     figure = common.new_figure(7, 4)
     axes = figure.subplots()
-    checks = [(row["epoch"], row["val"]["loss"]) for row in history if "val" in row]
-    best = min(checks, key=lambda check: check[1])
+    checks, best = {row["epoch"]: row["val"]["loss"] for row in history if "val" in row}, common.best_epoch(history)
     axes.plot([row["epoch"] for row in history], [row["train_loss"] for row in history], label="training")
-    axes.plot(*zip(*checks), "o-", markersize=3, color=common.COLORS[2], label="validation")
-    axes.plot(*best, "*", markersize=14, color="black", label=f"best: {best[1]:.4f}, epoch {best[0]}")
-    losses = [row["train_loss"] for row in history] + [loss for _, loss in checks]
+    axes.plot(*zip(*checks.items()), "o-", markersize=3, color=common.COLORS[2], label="validation")
+    axes.plot(best, checks[best], "*", markersize=14, color="black", label=f"best: {checks[best]:.4f}, epoch {best}")
+    losses = [row["train_loss"] for row in history] + list(checks.values())
     start = sorted(losses)[-1 - len(losses) // 20]  # the first epochs' fall would flatten all that follows
     axes.set(xlabel="epoch", ylabel="loss", ylim=(min(losses) - 0.05 * (start - min(losses)), start))
     axes.legend()
     return figure
 
-def plot_latent_pairs(mu, labels):
-    """The test set's mu (N, LATENT), all pairs of dimensions, coloured by class."""
-    figure = common.new_figure(10, 10.6)
+def plot_latent_pairs(mu, labels, prototypes, pictures):
+    """The test set's mu (N, LATENT), all pairs of dimensions, coloured by class. A circled number is the prototype of a
+    class; its decoded image is in the corner."""
+    figure = common.new_figure(10, 10)
     grid = figure.subplots(LATENT - 1, LATENT - 1, sharex="col", sharey="row")
     shuffled = torch.randperm(len(mu), generator=torch.Generator().manual_seed(0))[:3000]  # no class hides another
     points, colors = mu[shuffled].numpy(), [common.COLORS[label] for label in labels[shuffled].tolist()]
@@ -113,43 +116,63 @@ def plot_latent_pairs(mu, labels):
                 axes.remove()
                 continue
             axes.scatter(points[:, column], points[:, row + 1], s=1, c=colors, rasterized=True)
+            for label, point in prototypes.items():
+                axes.text(point[column], point[row + 1], label, fontsize=7, ha="center", va="center", bbox={
+                    "boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": common.COLORS[label]})
             axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
             if row == LATENT - 2:
                 axes.set_xlabel(f"$\\mu_{column + 1}$")
             if column == 0:
                 axes.set_ylabel(f"$\\mu_{row + 2}$")
-    handles = [figure.axes[0].plot([], [], "o", color=color, label=name)[0]
-               for color, name in zip(common.COLORS, common.CLASSES)]
-    figure.legend(handles=handles, loc="upper right", fontsize=14, title="class", bbox_to_anchor=(0.98, 0.98))
+    for place, (label, picture) in enumerate(zip(prototypes, pictures)):
+        axes = figure.add_axes((0.36 + 0.13 * (place % 5), 0.87 - 0.14 * (place // 5), 0.1, 0.1))
+        axes.imshow(picture.squeeze(0).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes.set_title(f"{label} {common.CLASSES[label]}", fontsize=11)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color=common.COLORS[label], linewidth=3)
     return figure
 
-def plot_interpolations(model, mu, labels):
-    """Decoded steps on the line between two classes' prototypes.
-
-    A prototype is the mean of mu over a class's training images (as in Snell et al., 2017); both ends are decoded ones.
-    """
-    present = labels.unique().tolist()
-    prototypes = {c: mu[labels == c].mean(0) for c in present}
+def plot_interpolations(model, prototypes):
+    """Decoded steps on the line between the prototypes of two classes."""
     pairs = [(a, b) for a, b in PAIRS if a in prototypes and b in prototypes]
-    steps = torch.linspace(0, 1, 9, device=mu.device)[:, None]
+    steps = torch.linspace(0, 1, 9)[:, None].to(model.mu.weight.device)
     rows = [model.decode(torch.lerp(prototypes[a], prototypes[b], steps)) for a, b in pairs]
     names = [f"{common.CLASSES[a]} to\n{common.CLASSES[b]}" for a, b in pairs]
     return common.image_grid(torch.stack(rows), names)
 
+def explorer(model, mu, prototypes, examples):
+    """explorer.html filled in: the decoder's weights, in bfloat16, and the latent codes; an example image a class."""
+    base64 = lambda tensor: binascii.b2a_base64(bytes(tensor.cpu().view(torch.uint8).tolist()), newline=False).decode()
+    linears = [layer for layer in model.decoder if isinstance(layer, nn.Linear)]
+    weights = torch.cat([tensor.flatten() for layer in linears for tensor in (layer.weight, layer.bias)])
+    low = mu.quantile(0.001, 0).clamp(max=-4).tolist()  # at least what the prior draws
+    high = mu.quantile(0.999, 0).clamp(min=4).tolist()
+    histograms = [torch.histc(mu[:, i], 40, low[i], high[i]).tolist() for i in range(LATENT)]
+    classes = {common.CLASSES[label]: {"prototype": prototype.tolist(), "mu": model.encode(image)[0].flatten().tolist(),
+                                       "pixels": base64((255 * image).byte().flatten())}
+               for (label, prototype), image in zip(prototypes.items(), examples)}
+    data = {"sizes": [LATENT, *(layer.out_features for layer in linears)], "weights": base64(weights.bfloat16()),
+            "low": low, "high": high, "histograms": histograms, "classes": classes}
+    return Path(__file__).with_name("explorer.html").read_text().replace("= DATA", f"= {json.dumps(data)}")
+
 @torch.no_grad()
 def plot(model, history, data):
-    """The five figures, {file name: figure}."""
+    """The five figures and the explorer page, {file name: content}. A prototype is the mean of mu over the training
+    images of a class (as in Snell et al., 2017, arXiv:1703.05175)."""
     originals, names = common.one_of_each_class(data.test)
-    mu, _ = model.encode(data.test.images)
-    train_mu, _ = model.encode(data.train.images)
+    mu, train_mu = (model.encode(split.images)[0] for split in (data.test, data.train))
+    prototypes = {label: train_mu[data.train.labels == label].mean(0) for label in data.test.labels.unique().tolist()}
+    pictures = model.decode(torch.stack(list(prototypes.values()))).cpu()
     noise = torch.randn(50, LATENT, generator=torch.Generator().manual_seed(0)).to(mu.device)
     return {
         "losses.png": plot_losses(history),
         "reconstructions.png": common.image_grid(
             torch.stack([originals, model.decode(model.encode(originals)[0])]), ["original", "reconstruction"], names),
-        "latent_pairs.png": plot_latent_pairs(mu.cpu(), data.test.labels.cpu()),
-        "interpolations.png": plot_interpolations(model, train_mu, data.train.labels),
+        "latent_pairs.png": plot_latent_pairs(
+            mu.cpu(), data.test.labels.cpu(), {label: point.tolist() for label, point in prototypes.items()}, pictures),
+        "interpolations.png": plot_interpolations(model, prototypes),
         "samples.png": common.image_grid(model.decode(noise).view(5, 10, 1, 28, 28)),
+        "explorer.html": explorer(model, mu.cpu(), prototypes, originals),
     }
 
 # ----------------------------------------------------------------------------------------------------------------- main
