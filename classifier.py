@@ -171,7 +171,7 @@ def plot_label_efficiency(summary):
         if rows:
             axes.errorbar([row["labels"] for row in rows], [row["test_accuracy_mean"] for row in rows],
                           [row["test_accuracy_std"] or 0 for row in rows], fmt=line, color=color, capsize=4,
-                          label=f"{strategy} (n={min(row['n'] for row in rows)})")
+                          label=f"{strategy} (n={'-'.join(map(str, sorted({row['n'] for row in rows})))})")
     axes.set_xscale("log")
     axes.set_xticks(*zip(*{row["labels"]: f"{row['labels']:,}" for row in summary}.items()))
     axes.minorticks_off()
