@@ -283,11 +283,12 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
     complete one alone. --eval evaluates the saved weights and writes nothing."""
     folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
     evaluate = evaluate or (lambda model: {"test": test_loop(model, loss_fn, data.test)})
+    describe = lambda test: "  ".join(f"{name} {value:.5f}" for name, value in test.items())
     if args.eval:
         load(folder / "model.pt", model=model)
         measured = evaluate(model)
         compare(load(folder / "metrics.json"), measured, folder / "metrics.json")
-        print(f"{folder}: confirmed:", *(f"{name} {value:.5f}" for name, value in measured["test"].items()), flush=True)
+        print(f"{folder}: confirmed: {describe(measured['test'])}", flush=True)
         return
     args.network = fingerprint(model)
     with locked(folder):
@@ -309,7 +310,7 @@ def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
                              "losses.csv": "\n".join(["epoch,train_loss,val_loss", *losses, ""]),
                              "model.pt": {"config": config(args), "model": model.state_dict()}})
         checkpoint.unlink(missing_ok=True)
-        print("test", *(f"{name} {value:.5f}" for name, value in metrics["test"].items()))
+        print(f"test {describe(metrics['test'])}")
         print(f"files in {folder}", flush=True)
 
 # -------------------------------------------------------------------------------------------------------------- studies

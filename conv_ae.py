@@ -2,7 +2,7 @@
 
     python conv_ae.py                                             # sizes 2 to 128, a short training of each
     python conv_ae.py --latents 24 --resume                       # one more size, in the same table and figures
-    python conv_ae.py --epochs 14 --seeds 3 --out results/long    # the longer training of the README's table
+    python conv_ae.py --epochs 14 --seeds 3 --out results/long    # a longer training, drawn in the same figure
 
 The autoencoder of Hinton & Salakhutdinov (2006) with convolutions, trained on the mean squared error.
 """
@@ -184,11 +184,11 @@ def main(argv=None):
         summary = summarize(runs, data)
         studies, longer = {args.epochs: summary}, args.out / "long" / "conv_ae" / "metrics.json"
         if longer.exists():  # what the same command with more --epochs wrote, for comparison
-            studies = {common.load(longer)["config"]["epochs"]: common.load(longer)["summary"], **studies}
+            other = common.load(longer)
+            studies = {other["config"]["epochs"]: other["summary"], **studies}
         figures = {"latent_vs_error.png": plot_errors(studies)}
         folders = {run["config"]["latent"]: args.folder / run["folder"] for run in reversed(runs)}  # the first seed's
-        missing = [folder.name for folder in folders.values() if not (folder / "model.pt").exists()]
-        if missing:
+        if missing := [folder.name for folder in folders.values() if not (folder / "model.pt").exists()]:
             print(f"reconstructions.png is left as it was: no model.pt in {', '.join(missing)}")
         else:
             figures["reconstructions.png"] = plot_reconstructions(folders, data)

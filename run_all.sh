@@ -69,8 +69,8 @@ export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 echo "=== vae.py"
 "$python" vae.py "$@"
 
-# The studies: one process per GPU, else one per core, at most four. A process with one thread is the most efficient: on two
-# cores two of them get a third more done than one process with two threads.
+# The studies: one process per GPU, else one per core, at most four. A process with one thread is the most efficient:
+# on two cores two of them get a third more done than one process with two threads.
 read -r ranks threads < <("$python" -c 'import torch
 threads = torch.get_num_threads()
 ranks = torch.cuda.device_count() or (1 if torch.backends.mps.is_available() else min(threads, 4))

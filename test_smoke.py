@@ -422,6 +422,9 @@ def test_augmentation_erases_one_rectangle_of_up_to_half_the_sides():
         sides = [changed[hit].any(axis).sum(1) for axis in (1, 2)]  # columns, then rows
         assert all(side.max() == 14 and side.double().mean().item() == pytest.approx(7.5, abs=0.4) for side in sides)
         assert torch.equal(sides[0] * sides[1], changed[hit].sum((1, 2)))  # all of the box and nothing else
+        for axis in (1, 2):  # in one piece, and up to the edges
+            inside = changed[hit].any(axis).int()
+            assert (inside.diff(dim=1) == 1).sum(1).max() <= 1 and inside[:, 0].any() and inside[:, 27].any()
 
 def test_running_statistics_are_a_models_own_after_a_few_steps(flags, data, tmp_path):
     classifier.main(flags + ["--strategies", "scratch", "--labels", "50", "--seeds", "1", "--epochs", "1"])  # ten steps
@@ -574,7 +577,7 @@ def test_readme_holds_the_committed_results_each_cell_those_of_its_row():
         assert any(f"{abs(part):.{digits}f}" == token for value in pool for part in (value, 100 * value)), token
 
 def test_readme_snippets_run(data, flags, tmp_path, monkeypatch):
-    experiment, weights = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
+    experiment, loading = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
     monkeypatch.setattr("sys.argv", ["denoise.py", *flags])
     exec(experiment, {})
     assert metrics(tmp_path / "out" / "denoise")["test"].keys() == {"loss"}
@@ -582,7 +585,7 @@ def test_readme_snippets_run(data, flags, tmp_path, monkeypatch):
         pytest.skip("there are no weights in results/")
     monkeypatch.chdir(HERE)
     names = {"images": common.load_data(data, CPU).test.images}
-    exec(weights, names)
+    exec(loading, names)
     assert names["mu"].shape == (TEST, 8)
 
 BAD_NUMBERS = ("0", "-1", "1.5", "x", "nan", "inf", "", "1" * 30)
