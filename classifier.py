@@ -100,6 +100,7 @@ def load_encoder(args):
         command = f"python conv_ae.py --latents {args.latent} --seed {args.seed} --out {args.out}"
         raise common.RunError(f"no encoder of --latent {args.latent}: `{command}` makes one ({error})") from None
     weights = b"".join(tensor.numpy().tobytes() for tensor in autoencoder.encoder.state_dict().values())
+    print(f"encoder: {args.encoder}", flush=True)
     return autoencoder.encoder, hashlib.sha256(weights).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -233,8 +234,8 @@ def main(argv=None):
     args = common.parse_args(parser, argv, "classifier")
     encoders = [args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}" / "model.pt" for seed in (0, args.seed)]
     args.encoder = args.encoder or encoders[not encoders[0].exists()]
-    wanted = set(args.strategies) != {"scratch"} or args.encoder.exists()
-    encoder, encoder_hash = load_encoder(args) if wanted and not args.eval else (None, None)
+    wanted = not args.eval and (set(args.strategies) != {"scratch"} or args.encoder.exists())
+    encoder, encoder_hash = load_encoder(args) if wanted else (None, None)
     data = common.load_data(args.data, args.device)
     if not args.eval and max(args.labels) > len(data.train.labels):
         raise common.RunError(f"--labels {max(args.labels)}: the training split has {len(data.train.labels)} images")

@@ -271,9 +271,9 @@ def compare(recorded, measured, path):
     """RunError where a number is not the recorded one. Another device may round: counts by 5, others by 1 in 2,000."""
     recorded = numbers(recorded)
     for name, value in numbers(measured).items():
-        known = recorded.get(name, math.nan)
-        if not abs(value - known) <= (5 if isinstance(value, int) else abs(value) / 2000):
-            raise RunError(f"{path}: {name[1:]} is {value:.6g} now, not {known:.6g}")
+        known, tolerance = recorded.get(name), 5 if isinstance(value, int) else abs(value) / 2000
+        if not isinstance(known, (int, float)) or not abs(value - known) <= tolerance:
+            raise RunError(f"{path}: {name[1:]} is {value:.6g} now, not {known}")
 
 def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
     """One run in `args.folder`: trains `model` (or only its part `trained`), evaluates it, writes the files.
@@ -332,7 +332,8 @@ def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
     start, costs = time.perf_counter(), [1 if args.eval else cost(varies) for varies in runs.values()]
     for done, (turn, (name, varies)) in enumerate(share_out(list(enumerate(runs.items())))):
         left = (time.perf_counter() - start) * sum(costs[turn:]) / max(sum(costs[:turn]), 1) / 60
-        print(f"--- {name}: run {turn + 1} of {len(runs)}{f', about {left:.0f} min left' * (done > 0)}", flush=True)
+        known = done > 0 and not args.resume  # complete runs take no time
+        print(f"--- {name}: run {turn + 1} of {len(runs)}{f', about {left:.0f} min left' * known}", flush=True)
         own = argparse.Namespace(**{**vars(args), **varies, "folder": args.folder / name})
         torch.manual_seed(own.seed)  # before the model, so that a run is the same in any study or alone
         train(own, make_model(own))
@@ -418,7 +419,7 @@ def parse_args(parser, argv, script):
         if isinstance(value, list) and len(set(value)) < len(value):
             parser.error(f"argument --{name.replace('_', '-')}: the same value twice")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    there = ["cpu", accelerator.type] if accelerator else ["cpu"]
+    there = ["cpu", accelerator.type] if accelerator and accelerator.type in ("cuda", "mps") else ["cpu"]
     if args.device not in (*there, "auto"):
         parser.error(f"argument --device: there is no {args.device} here, try --device auto")
     args.device = there[-1] if args.device == "auto" else args.device

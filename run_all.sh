@@ -23,15 +23,15 @@ done
 if [ "$python" = none ]; then
   echo "installing requirements.txt into .venv (several GB, once)"
   python=.venv/bin/python
-  python3 -m venv .venv  # mends an incomplete one too
+  python3 -m venv .venv || python3 -m venv --clear .venv  # the second where the Python of an older .venv is gone
   "$python" -m pip install --quiet --upgrade -r requirements.txt
 fi
 
-# The data: what --data names, else the Debian package, else torchvision's download.
+# The data: what --data names, an installed Debian package, torchvision's download; else that package is installed.
 data=data
 for ((i = 1; i <= $#; i++)); do
   case "${!i}" in
-    --data) j=$((i + 1)); data=${!j:-} ;;
+    --data) j=$((i + 1)); data=${!j:-data} ;;
     --data=*) data=${!i#--data=} ;;
   esac
 done
@@ -42,9 +42,8 @@ data = pathlib.Path(sys.argv[1])
 try:
     common.load_data(data, torch.device("cpu"))
 except common.RunError as error:
-    if any(common.find_file(name, data) is None for name in common.FILES):
-        sys.exit(3)
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(3 if any(common.find_file(name, data) is None for name in common.FILES) else 1)
 PROBE
 if [ "$status" -eq 3 ]; then
   sudo=""

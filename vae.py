@@ -141,7 +141,7 @@ def plot_interpolations(model, prototypes):
     return common.image_grid(torch.stack(rows), names)
 
 def explorer(model, mu, prototypes, examples):
-    """explorer.html filled in: the decoder's weights, in bfloat16, and the latent codes; an example image a class."""
+    """explorer.html filled in: the decoder's weights and the latent codes; an example image a class."""
     base64 = lambda tensor: binascii.b2a_base64(bytes(tensor.cpu().view(torch.uint8).tolist()), newline=False).decode()
     linears = [layer for layer in model.decoder if isinstance(layer, nn.Linear)]
     weights = torch.cat([tensor.flatten() for layer in linears for tensor in (layer.weight, layer.bias)])
@@ -151,7 +151,7 @@ def explorer(model, mu, prototypes, examples):
     classes = {common.CLASSES[label]: {"prototype": prototype.tolist(), "mu": model.encode(image)[0].flatten().tolist(),
                                        "pixels": base64((255 * image).byte().flatten())}
                for (label, prototype), image in zip(prototypes.items(), examples)}
-    data = {"sizes": [LATENT, *(layer.out_features for layer in linears)], "weights": base64(weights.bfloat16()),
+    data = {"sizes": [LATENT, *(layer.out_features for layer in linears)], "weights": base64(weights),
             "low": low, "high": high, "histograms": histograms, "classes": classes}
     return Path(__file__).with_name("explorer.html").read_text().replace("= DATA", f"= {json.dumps(data)}")
 
