@@ -2,7 +2,7 @@
 
     python conv_ae.py                                             # sizes 2 to 128, a short training of each
     python conv_ae.py --latents 24 --resume                       # one more size, in the same table and figures
-    python conv_ae.py --epochs 14 --seeds 3 --out results/long    # a longer training, drawn in the same figure
+    python conv_ae.py --epochs 16 --seeds 3 --out results/long    # a longer training, drawn in the same figure
 
 The autoencoder of Hinton & Salakhutdinov (2006) with convolutions, trained on the mean squared error.
 """

@@ -23,7 +23,7 @@ done
 if [ "$python" = none ]; then
   echo "installing requirements.txt into .venv (several GB, once)"
   python=.venv/bin/python
-  python3 -m venv .venv || python3 -m venv --clear .venv  # the second where the Python of an older .venv is gone
+  python3 -m venv .venv 2>/dev/null || python3 -m venv --clear .venv  # --clear: the Python of an older .venv is gone
   "$python" -m pip install --quiet --upgrade -r requirements.txt
 fi
 
@@ -55,7 +55,6 @@ if [ "$status" -eq 3 ]; then
       $sudo apt-get install -y -qq dataset-fashion-mnist >/dev/null
     }
   else
-    echo "error: put the four files of Fashion-MNIST (train-images-idx3-ubyte.gz, ...) into $data/FashionMNIST/raw" >&2
     exit 1
   fi
 elif [ "$status" -ne 0 ]; then
