@@ -579,11 +579,13 @@ def readme_tables():
                     next((row for row in study["summary"] if (row["labels"], row["strategy"]) == (labels, strategy)), {})
                     for strategy in ("scratch", "frozen", "finetune"))
                 gain, error = finetune["minus_scratch_mean"], finetune["minus_scratch_se"]
-                first = [pm(row, "val_accuracy_first_epoch", 4) for row in (scratch, finetune)]
+                val, first = ([pm(row, name, 4) for row in (scratch, finetune)]
+                              for name in ("val_accuracy", "val_accuracy_first_epoch"))
                 rows["classifier.py"].append(
                     f"| {labels:,}{note.format(**study['config'])} | {pm(scratch, 'test_accuracy', 4, n=True)} | "
                     f"{pm(frozen, 'test_accuracy', 4, n=True)} | {pm(finetune, 'test_accuracy', 4, n=True)} | "
-                    f"{'' if gain is None else f'{gain:.4f} ± {error:.4f}'} | {first[0]} | {first[1]} |")
+                    f"{'' if gain is None else f'{gain:.4f} ± {error:.4f}'} | {val[0]} | {val[1]} | "
+                    f"{first[0]} | {first[1]} |")
     return {script: [re.sub(" +", " ", row) for row in own] for script, own in rows.items()}
 
 def test_readme_quotes_the_committed_results():
