@@ -567,17 +567,17 @@ def readme_tables():
     ratios = {row["latent"]: f"{row['ratio']:.3f}" for row in short["summary"]}
     for row in sizes["summary"]:
         rows["conv_ae.py"].append(
-            f"| {row['latent']} | {row['n']} | {pm(row, 'mse', 5)} | {pm(row, 'l1', 5)} | {row['pca_mse']:.5f} | "
+            f"| {row['latent']} | {row['n']} | {pm(row, 'mse', 6)} | {pm(row, 'l1', 5)} | {row['pca_mse']:.5f} | "
             f"{row['pca_clamped_mse']:.5f} | {row['ratio']:.3f} | {ratios[row['latent']]} | "
             f"{pm(row, 'latent_knn_accuracy', 3)} |")
     rows["conv_ae.py"].append(f"| 784 pixels | | | | | | | | {row['pixel_knn_accuracy']:.3f} |")
-    for pattern, note in (("classifier", ""), ("long/classifier", ", {epochs} epochs"),
-                          ("encoder1/classifier", ", encoder of seed 1"), ("encoder2/classifier", ", encoder of seed 2")):
+    for pattern, note in (
+            ("classifier", ""), ("long/classifier", ", {epochs} epochs"),
+            ("encoder1/classifier", ", encoder of seed 1"), ("encoder2/classifier", ", encoder of seed 2")):
         for study in committed(pattern):
             for labels in sorted({row["labels"] for row in study["summary"]}):
-                scratch, frozen, finetune = (
-                    next((row for row in study["summary"] if (row["labels"], row["strategy"]) == (labels, strategy)), {})
-                    for strategy in ("scratch", "frozen", "finetune"))
+                same = {row["strategy"]: row for row in study["summary"] if row["labels"] == labels}
+                scratch, frozen, finetune = (same.get(name, {}) for name in ("scratch", "frozen", "finetune"))
                 gain, error = finetune["minus_scratch_mean"], finetune["minus_scratch_se"]
                 val, first = ([pm(row, name, 4) for row in (scratch, finetune)]
                               for name in ("val_accuracy", "val_accuracy_first_epoch"))
@@ -591,7 +591,7 @@ def readme_tables():
 def test_readme_quotes_the_committed_results():
     tables = readme_tables()
     text = re.sub("```.*?```", "", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    decimals = lambda lines: re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", "\n".join(lines))
+    decimals = lambda lines: re.findall(r"(?<![\d.])(?<!Python )\d+\.\d+(?![\d.])", "\n".join(lines))
     everything = [row for rows in tables.values() for row in rows]
     for section in text.split("\n## "):  # a table holds its rows, and a sentence quotes a cell of its section's table
         script = next((script for script in tables if section.startswith(f"`{script}`")), None)
