@@ -98,7 +98,8 @@ def load_encoder(args):
         common.load(args.encoder, model=autoencoder)
     except common.RunError as error:
         command = f"python conv_ae.py --latents {args.latent} --seed {args.seed} --out {args.out}"
-        raise common.RunError(f"no encoder of --latent {args.latent}: `{command}` makes one ({error})") from None
+        raise common.RunError(f"no encoder of --latent {args.latent} ({error}): `{command}` makes one, then leave "
+                              "--encoder out") from None
     weights = b"".join(tensor.numpy().tobytes() for tensor in autoencoder.encoder.state_dict().values())
     print(f"encoder: {args.encoder}", flush=True)
     return autoencoder.encoder, hashlib.sha256(weights).hexdigest()[:16]
@@ -185,7 +186,7 @@ def plot_confusion(run):
     figure = common.new_figure(8, 7.2)
     axes = figure.subplots()
     counts = torch.tensor(run["confusion"])
-    axes.imshow(counts.sqrt().numpy(), cmap="Blues")  # the root, so that the rare confusions show beside the diagonal
+    axes.imshow(counts.sqrt().numpy(), cmap="Blues")  # the root, so that the rare confusions show next to the diagonal
     for row in range(10):
         for column in range(10):
             color = "white" if counts[row, column] > counts.max() / 3 else "black"
@@ -230,7 +231,7 @@ def main(argv=None):
     add("--seeds", type=common.number(int, 1, 1000), default=3, metavar="N",
         help="runs of each, with seeds from --seed on (default: %(default)s)")
     add("--encoder", type=common.path, metavar="PATH",
-        help="the autoencoder's model.pt (default: OUT/conv_ae/latent032-seed0/model.pt, or of --latent and --seed)")
+        help="the autoencoder's model.pt (default: that of --latent and seed 0 below OUT/conv_ae, else of --seed)")
     args = common.parse_args(parser, argv, "classifier")
     encoders = [args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}" / "model.pt" for seed in (0, args.seed)]
     args.encoder = args.encoder or encoders[not encoders[0].exists()]

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 
 import torch
 
-MODES = ("resume", "eval", "device")  # flags that do not decide what a run computes
+NOT_CONFIG = ("resume", "eval", "device")  # flags that do not decide what a run computes
 
 class RunError(Exception):
     """The run can't go on. The message is one line that says what is wrong and what to do."""
@@ -219,7 +219,7 @@ def load(path, **parts):
         saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        return {**saved, "config": {name: saved["config"][name] for name in saved["config"] if name not in MODES}}
+        return {**saved, "config": {name: saved["config"][name] for name in saved["config"] if name not in NOT_CONFIG}}
     except Exception as error:  # half a dozen types: not there, damaged, other shapes, a pickle with code
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{path} can't be used ({reason}): run without --eval and --resume anew") from None
@@ -227,7 +227,7 @@ def load(path, **parts):
 def config(args):
     """All of `args` that decides what a run computes, as JSON holds it: neither paths nor modes nor the device."""
     return json.loads(json.dumps({name: value for name, value in vars(args).items()
-                                  if name not in MODES and not isinstance(value, Path)}))
+                                  if name not in NOT_CONFIG and not isinstance(value, Path)}))
 
 def check_config(saved, args, path):
     """RunError where a file was made with another config."""
@@ -260,17 +260,17 @@ def locked(folder, wait=False):
     finally:
         os.close(handle)
 
-def numbers(value, where=""):
-    """All numbers in nested dicts and lists, by where they stand: {".test.loss": 0.07}."""
+def flatten(value, where=""):
+    """All values in nested dicts and lists, by where they stand: {".test.loss": 0.07}."""
     if not isinstance(value, (dict, list)):
         return {where: value}
     parts = value.items() if isinstance(value, dict) else enumerate(value)
-    return {place: number for key, part in parts for place, number in numbers(part, f"{where}.{key}").items()}
+    return {place: leaf for key, part in parts for place, leaf in flatten(part, f"{where}.{key}").items()}
 
 def compare(recorded, measured, path):
     """RunError where a number is not the recorded one. Another device may round: counts by 5, others by 1 in 2,000."""
-    recorded = numbers(recorded)
-    for name, value in numbers(measured).items():
+    recorded = flatten(recorded)
+    for name, value in flatten(measured).items():
         known, tolerance = recorded.get(name), 5 if isinstance(value, int) else abs(value) / 2000
         if not isinstance(known, (int, float)) or not abs(value - known) <= tolerance:
             raise RunError(f"{path}: {name[1:]} is {value:.6g} now, not {known}")

@@ -2,7 +2,7 @@
 
     python conv_ae.py                                             # sizes 2 to 128, a short training of each
     python conv_ae.py --latents 24 --resume                       # one more size, in the same table and figures
-    python conv_ae.py --epochs 16 --seeds 3 --out results/long    # a longer training, drawn in the same figure
+    python conv_ae.py --epochs 16 --seeds 3 --out results/long    # longer; the next run of `--resume` draws both
 
 The autoencoder of Hinton & Salakhutdinov (2006) with convolutions, trained on the mean squared error.
 """
@@ -106,31 +106,35 @@ def pca_errors(train, test, sizes):
 # -------------------------------------------------------------------------------------------------------------- figures
 
 def plot_errors(studies):
-    """Test error beside PCA's, and what the latent space keeps of the classes. `studies` is {epochs: summary}."""
+    """Test error and PCA's, and what the latent space keeps of the classes. `studies` is {epochs: summary}."""
     figure = common.new_figure(11, 4.8)
     errors, classes = figure.subplots(1, 2)
     errors.set(yscale="log", ylabel="test MSE (pixels in [0, 1])")
     errors.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     errors.yaxis.set_major_formatter("{x:g}")
     classes.set_ylabel("10-NN test accuracy on the latent vector")
+    rows = {row["latent"]: row for summary in studies.values() for row in summary}  # PCA is the same in all
+    sizes = sorted(rows)
     for (epochs, summary), color, offset in zip(sorted(studies.items()), common.COLORS, (8, -18)[-len(studies):]):
-        sizes, n = [row["latent"] for row in summary], "-".join(map(str, sorted({row["n"] for row in summary})))
+        n = "-".join(map(str, sorted({row["n"] for row in summary})))
         for axes, name in ((errors, "mse"), (classes, "latent_knn_accuracy")):
-            axes.errorbar(sizes, [row[f"{name}_mean"] for row in summary], [row[f"{name}_std"] or 0 for row in summary],
+            axes.errorbar([row["latent"] for row in summary], [row[f"{name}_mean"] for row in summary],
+                          [row[f"{name}_std"] or 0 for row in summary],
                           fmt="o-", capsize=3, color=color, label=f"{epochs} epochs (mean and std, n={n})")
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(sizes, sizes)
-            axes.set_xlabel("latent dimensions")
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
         for row in summary:
             errors.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), (0, offset), color=color,
                             textcoords="offset points", ha="center")
-    errors.plot(sizes, [row["pca_mse"] for row in summary], "s--", color=common.COLORS[8], label="PCA")
+    errors.plot(sizes, [rows[size]["pca_mse"] for size in sizes], "s--", color=common.COLORS[8], label="PCA")
     errors.margins(y=0.12)
     errors.legend(title="×: error relative to PCA's", alignment="left")
     classes.axhline(summary[0]["pixel_knn_accuracy"], linestyle="--", color=common.COLORS[8], label="on the 784 pixels")
     classes.legend(loc="lower right")
+    for axes in (errors, classes):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, sizes)
+        axes.set_xlabel("latent dimensions")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
     return figure
 
 @torch.no_grad()
@@ -148,7 +152,7 @@ def plot_reconstructions(folders, data):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def summarize(runs, data):
-    """One row per latent size, over seeds (std null for one), beside PCA's error and the 10-NN accuracy on pixels."""
+    """One row per latent size, over seeds (std null for one), with PCA's error and the 10-NN accuracy on pixels."""
     sizes = sorted({run["config"]["latent"] for run in runs})
     train, test = data.train.images.flatten(1), data.test.images.flatten(1)
     pca = pca_errors(train, test, sizes)

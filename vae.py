@@ -32,7 +32,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(LATENT, 64), nn.LeakyReLU(), nn.Linear(64, 128), nn.LeakyReLU(),
             nn.Linear(128, 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
-        for layer in self.modules():  # PyTorch's smaller default leaves some latent dimensions unused
+        for layer in self.modules():  # PyTorch's smaller default leaves more latent dimensions unused
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, a=0.01)
                 nn.init.zeros_(layer.bias)
@@ -141,7 +141,7 @@ def plot_interpolations(model, prototypes):
     return common.image_grid(torch.stack(rows), names)
 
 def explorer(model, mu, prototypes, examples):
-    """explorer.html filled in: the decoder's weights and the latent codes; an example image a class."""
+    """explorer.html filled in: the decoder's weights, the latent vectors of the classes, an example image of each."""
     base64 = lambda tensor: binascii.b2a_base64(bytes(tensor.cpu().view(torch.uint8).tolist()), newline=False).decode()
     linears = [layer for layer in model.decoder if isinstance(layer, nn.Linear)]
     weights = torch.cat([tensor.flatten() for layer in linears for tensor in (layer.weight, layer.bias)])
@@ -186,7 +186,7 @@ def main(argv=None):
     parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3,
                         help="weight of the KL (default: %(default)s)")
     args = common.parse_args(parser, argv, "vae")
-    # At the full rate from the start, one or two of the latent dimensions collapse in the first epochs.
+    # At the full rate from the start, more of the latent dimensions collapse in the first epochs.
     args.warmup_steps = min(1000, 25 * args.epochs)
     data = common.load_data(args.data, args.device)
     torch.manual_seed(args.seed)
