@@ -1,7 +1,7 @@
 """Does a classifier gain from starting at the autoencoder's encoder: frozen, fine-tuned, or from scratch?
 
     python conv_ae.py --latents 32     # the encoder, pre-trained on the 50,000 images without their labels
-    python classifier.py               # test accuracy up to 0.939 with all 50,000 labels (n=3)
+    python classifier.py               # test accuracy 0.9396 with all 50,000 labels (finetune, n=5)
 """
 import functools
 import hashlib
