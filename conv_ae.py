@@ -115,6 +115,12 @@ def plot_errors(studies):
     classes.set_ylabel("10-NN test accuracy on the latent vector")
     rows = {row["latent"]: row for summary in studies.values() for row in summary}  # PCA is the same in all
     sizes = sorted(rows)
+    for axes in (errors, classes):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, sizes)
+        axes.set_xlabel("latent dimensions")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
     for (epochs, summary), color, offset in zip(sorted(studies.items()), common.COLORS, (8, -18)[-len(studies):]):
         n = "-".join(map(str, sorted({row["n"] for row in summary})))
         for axes, name in ((errors, "mse"), (classes, "latent_knn_accuracy")):
@@ -129,12 +135,6 @@ def plot_errors(studies):
     errors.legend(title="×: error relative to PCA's", alignment="left")
     classes.axhline(summary[0]["pixel_knn_accuracy"], linestyle="--", color=common.COLORS[8], label="on the 784 pixels")
     classes.legend(loc="lower right")
-    for axes in (errors, classes):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, sizes)
-        axes.set_xlabel("latent dimensions")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
     return figure
 
 @torch.no_grad()
