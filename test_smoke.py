@@ -547,56 +547,55 @@ def committed(*patterns):
     wanted = [name for pattern in patterns for name in names if Path(name).match(f"results/{pattern}/metrics.json")]
     return [json.loads(git("show", f"HEAD:{name}")) for name in wanted]
 
-def readme_tables():
-    """The rows of the README's tables, {script: rows}, from the committed results."""
-    def pm(row, name, digits, n=False):
-        mean, std = (row.get(f"{name}_{part}") for part in ("mean", "std"))
-        spread = "" if std is None else f" ± {std:.{digits}f}"
-        return "" if mean is None else f"{mean:.{digits}f}{spread}" + f" ({row.get('n')})" * n
-    rows = {"vae.py": [
-        "| run | n | test loss | recon | KL | 10-NN accuracy on mu | largest KL of a test image |",
-        "| the reference result | | 0.08380 | | | | |"], "conv_ae.py": [
-        "| latent dimensions | n | test MSE | test L1 | PCA's MSE | PCA's, clamped to [0, 1] | MSE / PCA's | "
-        "the same, {epochs} epochs (n=1) | 10-NN accuracy |"], "classifier.py": [
-        "| labels | test (n): `scratch` | `frozen` | `finetune` | `finetune` minus `scratch` | "
-        "validation: `scratch` | `finetune` | after epoch 1: `scratch` | `finetune` |"]}
-    for run, runs in (("`python vae.py --epochs 200`, stops early", committed("vae", "seed?/vae")),
-                      ("`--patience 0`, all 200 epochs", committed("full-seed?/vae"))):
+def cell(row, name, digits, n=False):
+    """Mean ± standard deviation of a summary's row as the README prints them; empty where there are none."""
+    mean, std = (row.get(f"{name}_{part}") for part in ("mean", "std"))
+    spread = "" if std is None else f" ± {std:.{digits}f}"
+    return "" if mean is None else f"{mean:.{digits}f}{spread}" + f" ({row.get('n')})" * n
+
+def vae_table():
+    yield "| run | n | test loss | recon | KL | 10-NN accuracy on mu | largest KL of a test image |"
+    yield "| the reference result | | 0.08380 | | | | |"
+    for name, runs in (("`python vae.py --epochs 200`, stops early", committed("vae", "seed?/vae")),
+                       ("`--patience 0`, all 200 epochs", committed("full-seed?/vae"))):
         values = {"knn": [run["latent_knn_accuracy"] for run in runs],
-                  **{name: [run["test"][name] for run in runs] for name in ("loss", "recon", "kl")}}
-        row = {f"{name}_{part}": value for name, column in values.items()
+                  **{metric: [run["test"][metric] for run in runs] for metric in ("loss", "recon", "kl")}}
+        row = {f"{metric}_{part}": value for metric, column in values.items()
                for part, value in zip(("mean", "std"), common.mean_std(column))}
         largest = [run["kl_max"] for run in runs]
-        rows["vae.py"].append(f"| {run} | {len(runs)} | {pm(row, 'loss', 5)} | {pm(row, 'recon', 5)} | "
-                              f"{pm(row, 'kl', 2)} | {pm(row, 'knn', 3)} | {min(largest):.0f} to {max(largest):.0f} |")
+        yield (f"| {name} | {len(runs)} | {cell(row, 'loss', 5)} | {cell(row, 'recon', 5)} | {cell(row, 'kl', 2)} | "
+               f"{cell(row, 'knn', 3)} | {min(largest):.0f} to {max(largest):.0f} |")
+
+def conv_ae_table():
     (sizes,), (short,) = committed("long/conv_ae"), committed("conv_ae")
-    rows["conv_ae.py"] = [rows["conv_ae.py"][0].format(**short["config"])]
+    yield ("| latent dimensions | n | test MSE | test L1 | PCA's MSE | PCA's, clamped to [0, 1] | MSE / PCA's | "
+           f"the same, {short['config']['epochs']} epochs (n=1) | 10-NN accuracy |")
     ratios = {row["latent"]: f"{row['ratio']:.3f}" for row in short["summary"] if row["n"] == 1}
     for row in sizes["summary"]:
-        rows["conv_ae.py"].append(
-            f"| {row['latent']} | {row['n']} | {pm(row, 'mse', 6)} | {pm(row, 'l1', 5)} | {row['pca_mse']:.5f} | "
-            f"{row['pca_clamped_mse']:.5f} | {row['ratio']:.3f} | {ratios[row['latent']]} | "
-            f"{pm(row, 'latent_knn_accuracy', 3)} |")
-    rows["conv_ae.py"].append(f"| 784 pixels | | | | | | | | {row['pixel_knn_accuracy']:.3f} |")
+        yield (f"| {row['latent']} | {row['n']} | {cell(row, 'mse', 6)} | {cell(row, 'l1', 5)} | "
+               f"{row['pca_mse']:.5f} | {row['pca_clamped_mse']:.5f} | {row['ratio']:.3f} | {ratios[row['latent']]} | "
+               f"{cell(row, 'latent_knn_accuracy', 3)} |")
+    yield f"| 784 pixels | | | | | | | | {row['pixel_knn_accuracy']:.3f} |"
+
+def classifier_table():
+    yield ("| labels | test (n): `scratch` | `frozen` | `finetune` | `finetune` minus `scratch` | "
+           "validation: `scratch` | `finetune` | after epoch 1: `scratch` | `finetune` |")
     for pattern, note in (
             ("classifier", ""), ("long/classifier", ", {epochs} epochs"),
             ("encoder1/classifier", ", encoder of seed 1"), ("encoder2/classifier", ", encoder of seed 2")):
-        for study in committed(pattern):
-            for labels in sorted({row["labels"] for row in study["summary"]}):
-                same = {row["strategy"]: row for row in study["summary"] if row["labels"] == labels}
-                scratch, frozen, finetune = (same.get(name, {}) for name in ("scratch", "frozen", "finetune"))
-                gain, error = finetune["minus_scratch_mean"], finetune["minus_scratch_se"]
-                val, first = ([pm(row, name, 4) for row in (scratch, finetune)]
-                              for name in ("val_accuracy", "val_accuracy_first_epoch"))
-                rows["classifier.py"].append(
-                    f"| {labels:,}{note.format(**study['config'])} | {pm(scratch, 'test_accuracy', 4, n=True)} | "
-                    f"{pm(frozen, 'test_accuracy', 4, n=True)} | {pm(finetune, 'test_accuracy', 4, n=True)} | "
-                    f"{'' if gain is None else f'{gain:.4f} ± {error:.4f}'} | {val[0]} | {val[1]} | "
-                    f"{first[0]} | {first[1]} |")
-    return {script: [re.sub(" +", " ", row) for row in own] for script, own in rows.items()}
+        (study,) = committed(pattern)
+        for labels in sorted({row["labels"] for row in study["summary"]}):
+            same = {row["strategy"]: row for row in study["summary"] if row["labels"] == labels}
+            scratch, frozen, finetune = (same.get(name, {}) for name in ("scratch", "frozen", "finetune"))
+            gain, error = finetune["minus_scratch_mean"], finetune["minus_scratch_se"]
+            cells = [*(cell(row, "test_accuracy", 4, n=True) for row in (scratch, frozen, finetune)),
+                     "" if gain is None else f"{gain:.4f} ± {error:.4f}",
+                     *(cell(row, name, 4) for name in ("val_accuracy", "val_accuracy_first_epoch")
+                       for row in (scratch, finetune))]
+            yield re.sub(" +", " ", f"| {labels:,}{note.format(**study['config'])} | {' | '.join(cells)} |")
 
 def test_readme_quotes_the_committed_results():
-    tables = readme_tables()
+    tables = {"vae.py": [*vae_table()], "conv_ae.py": [*conv_ae_table()], "classifier.py": [*classifier_table()]}
     text = re.sub("```.*?```", "", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     decimals = lambda lines: re.findall(r"(?<![\d.])(?<!Python )\d+\.\d+(?![\d.])", "\n".join(lines))
     everything = [row for rows in tables.values() for row in rows]
