@@ -1,7 +1,7 @@
 """Does a classifier gain from starting at the autoencoder's encoder: frozen, fine-tuned, or from scratch?
 
     python conv_ae.py --latents 32     # the encoder, pre-trained on the 50,000 images without their labels
-    python classifier.py               # test accuracy 0.9396 with all 50,000 labels (finetune, n=5)
+    python classifier.py --seeds 5     # test accuracy 0.9396 with all 50,000 labels (finetune, n=5)
 """
 import functools
 import hashlib
@@ -25,7 +25,8 @@ class Classifier(nn.Module):
     def __init__(self, encoder, dropout):
         super().__init__()
         self.encoder = encoder.features
-        self.head = nn.Sequential(nn.Linear(128 * 5 * 5, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 10))
+        self.head = nn.Sequential(
+            nn.Linear(encoder.project.in_features, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 10))
 
     def forward(self, x):
         return self.head(self.encoder(x))
@@ -33,9 +34,10 @@ class Classifier(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 def augment(images, args):
-    """Each image flipped left to right with probability 1/2. The batch shifted by up to a pixel each way, the more
-    often the more often a run sees an image. In long runs, a rectangle of each image, its sides up to half the image's,
-    filled with noise (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
+    """Each image is flipped left to right with probability 1/2. The batch is shifted by up to a pixel each way: always
+    where a run sees an image `shift_epochs` times, less often where fewer. In runs longer than `erase_epochs`, a
+    rectangle of some images, of all from twice that length on, its sides up to half the image's, is filled with noise
+    (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
     count, device = len(images), images.device
     images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(3), images)
     if torch.rand(()) < args.epochs * passes(args.labels) / args.shift_epochs:
@@ -234,7 +236,8 @@ def main(argv=None):
         help="the autoencoder's model.pt (default: that of --latent and seed 0 below OUT/conv_ae, else of --seed)")
     args = common.parse_args(parser, argv, "classifier")
     encoders = [args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}" / "model.pt" for seed in (0, args.seed)]
-    args.encoder = args.encoder or encoders[not encoders[0].exists()]
+    args.encoder = args.encoder or next((path for path in encoders if path.exists()), encoders[-1])
+    # For `scratch` alone too, where there is one: the summary compares the other runs' encoders with it.
     wanted = not args.eval and (set(args.strategies) != {"scratch"} or args.encoder.exists())
     encoder, encoder_hash = load_encoder(args) if wanted else (None, None)
     data = common.load_data(args.data, args.device)

@@ -107,9 +107,10 @@ def stops_early(history, patience, min_delta):
     return 0 < since and 0 < patience <= len(history) - since
 
 def learning_rate(step, steps, args):
-    """Linear warm-up, a constant stretch, linear decay to zero (Hägele et al., 2024, arXiv:2405.18392)."""
+    """Linear warm-up, a constant rate, and from step `constant_steps` on, or from half of all steps if that is earlier,
+    linear decay to zero (Hägele et al., 2024, arXiv:2405.18392)."""
     decay_steps = steps - min(steps // 2, args.constant_steps)
-    return args.lr * min((step + 1) / min(args.warmup_steps, steps), 1, (steps - step) / decay_steps)
+    return args.lr * min((step + 1) / max(1, min(args.warmup_steps, steps)), 1, (steps - step) / decay_steps)
 
 def update_ema(pairs, step, decay):
     """Moves each EMA tensor towards the latest. The memory is short at first: the initial weights are worth nothing."""
@@ -142,7 +143,7 @@ def train_loop(model, loss_fn, data, args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     ema, best = copy.deepcopy(model), copy.deepcopy(model)
     pairs = zip(ema.state_dict().values(), model.state_dict().values())  # with batch norm's statistics, not its counter
-    pairs = [(average, latest) for average, latest in pairs if average.is_floating_point()]
+    pairs = [(old, new) for old, new in pairs if old.is_floating_point()]
     state = {"model": model, "ema": ema, "best": best, "optimizer": optimizer}
     history = load_checkpoint(state, args) if args.resume else []
     steps_per_epoch = math.ceil(len(data.train.labels) / args.batch_size)
@@ -165,16 +166,16 @@ def train_loop(model, loss_fn, data, args):
             if best_epoch(history) == epoch:
                 best.load_state_dict(ema.state_dict())
         history[-1]["seconds"] = round(time.perf_counter() - start, 4)
+        if not all(map(math.isfinite, flatten(history[-1]).values())):
+            raise RunError(f"the loss is not finite in epoch {epoch} at --lr {args.lr:g}: try {args.lr / 3:.1g}")
         print(epoch_line(history, args), flush=True)
         save_checkpoint(state, history, args)
     model.load_state_dict(best.state_dict())
     return history
 
 def epoch_line(history, args):
-    """What the terminal shows of the last epoch. RunError where its loss is not finite."""
+    """What the terminal shows of the last epoch."""
     row, pace = history[-1], statistics.mean(row["seconds"] for row in history)
-    if not all(map(math.isfinite, (row["train_loss"], *row.get("val", {}).values()))):
-        raise RunError(f"the loss is not finite in epoch {row['epoch']} at --lr {args.lr:g}: try {args.lr / 3:.1g}")
     val = f"val {row['val']['loss']:.5f}" if "val" in row else " " * 11
     left = (args.epochs - row["epoch"]) * pace
     return (f"epoch {row['epoch']:3d}/{args.epochs}  train {row['train_loss']:.5f}  {val}  {pace:.2f} s/epoch"
@@ -214,15 +215,15 @@ def write_files(folder, files):
             path.unlink(missing_ok=True)
 
 def load(path, **parts):
-    """What a .json or .pt file of a run holds; what it has under the names of `parts` goes there. It can't run code."""
+    """The content of a run's .json or .pt file, which can't run code. Each of `parts` loads the state of its name."""
     try:
         saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        return {**saved, "config": {name: saved["config"][name] for name in saved["config"] if name not in NOT_CONFIG}}
+        return {**saved, "config": dict(saved["config"])}
     except Exception as error:  # half a dozen types: not there, damaged, other shapes, a pickle with code
         reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{path} can't be used ({reason}): run without --eval and --resume anew") from None
+        raise RunError(f"{path} can't be used ({reason}): run again without --eval and --resume") from None
 
 def config(args):
     """All of `args` that decides what a run computes, as JSON holds it: neither paths nor modes nor the device."""
@@ -273,7 +274,8 @@ def compare(recorded, measured, path):
     for name, value in flatten(measured).items():
         known, tolerance = recorded.get(name), 5 if isinstance(value, int) else abs(value) / 2000
         if not isinstance(known, (int, float)) or not abs(value - known) <= tolerance:
-            raise RunError(f"{path}: {name[1:]} is {value:.6g} now, not {known}")
+            raise RunError(f"{path}: {name[1:]} is {value:.6g} now, not {known}: the weights, the code or the data "
+                           "are not those of that run; train it again")
 
 def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
     """One run in `args.folder`: trains `model` (or only its part `trained`), evaluates it, writes the files.
@@ -372,7 +374,7 @@ def comparable_runs(args, varying, make_model):
     return runs
 
 def mean_std(values):
-    """Mean and sample standard deviation; None in its place for a single value."""
+    """Mean and sample standard deviation (None for a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 # ---------------------------------------------------------------------------------------------------------------- flags

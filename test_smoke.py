@@ -42,7 +42,6 @@ def data(tmp_path, monkeypatch):
         images = torch.randint(0, 40, (count, 28, 28), generator=generator)
         for image, label in zip(images, labels):
             image[4:6 + 2 * label, 6:22] = 255
-        pixels = bytes(images.flatten().tolist())
         for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
             header = struct.pack(f">{1 + values.dim()}i", 2048 + values.dim(), *values.shape)
             content = header + bytes(values.flatten().tolist())

@@ -40,9 +40,9 @@ class VAE(nn.Module):
     def encode(self, x):
         """mu and logvar, each (B, LATENT), clamped to [-10, 10] and [-20, 1].
 
-        The bounds cap the KL of any image at 480 nats. Ordinary images (|mu| below 8, and logvar below 1, since a
-        posterior wider than the prior costs KL and buys nothing) stay inside; without them exp(logvar) or mu of a
-        single unusual image can dwarf the loss of all others.
+        The bounds cap the KL of an image at 60 nats a dimension, 480 in all. Ordinary images (|mu| below 8, and logvar
+        below 1, since a posterior wider than the prior costs KL and buys nothing) stay inside. Without the bounds,
+        exp(logvar) or mu of a single unusual image can dwarf the loss of all others.
         """
         h = self.encoder(x)
         return self.mu(h).clamp(-10, 10), self.logvar(h).clamp(-20, 1)
@@ -181,8 +181,8 @@ def plot(model, history, data):
 def main(argv=None):
     # Why weight decay: pixels that are nearly always black train their weights rarely, in steps that Adam makes large.
     # Without decay these weights grow, and with them the KL of images that are bright there.
-    parser = common.make_parser(__doc__, epochs=200, batch_size=256, lr=8e-3, patience=25, val_every=5,
-                                weight_decay=0.01)
+    parser = common.make_parser(__doc__, epochs=200, batch_size=128, lr=6e-3, patience=25, val_every=5,
+                                weight_decay=0.01, ema_decay=0.999)
     parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3,
                         help="weight of the KL (default: %(default)s)")
     args = common.parse_args(parser, argv, "vae")
