@@ -163,7 +163,7 @@ def plot_learning_curves(runs):
         axes.set(xlabel="epoch", title=f"{labels:,} labels")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation accuracy")
-    figure.axes[0].legend(loc="lower right")
+    figure.axes[0].legend(loc="lower right", title="mean and std over seeds")
     return figure
 
 def plot_label_efficiency(summary):
