@@ -1,6 +1,6 @@
 """What does the 8-dimensional latent space of a fully connected VAE look like, and how well does it reconstruct?
 
-    python vae.py --epochs 200        # test loss 0.0746 (mean of n=5 seeds)
+    python vae.py --epochs 200        # test loss 0.0745 (mean of n=5 seeds)
 
 The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114), with an L1 reconstruction loss.
 """
