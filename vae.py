@@ -92,8 +92,9 @@ def plot_losses(history):
     figure = common.new_figure(7, 4)
     axes = figure.subplots()
     checks, best = {row["epoch"]: row["val"]["loss"] for row in history if "val" in row}, common.best_epoch(history)
-    axes.plot([row["epoch"] for row in history], [row["train_loss"] for row in history], label="training")
-    axes.plot(*zip(*checks.items()), "o-", markersize=3, color=common.COLORS[2], label="validation")
+    axes.plot([row["epoch"] for row in history], [row["train_loss"] for row in history],
+              label="training (latest weights)")
+    axes.plot(*zip(*checks.items()), "o-", markersize=3, color=common.COLORS[2], label="validation (EMA weights)")
     axes.plot(best, checks[best], "*", markersize=14, color="black", label=f"best: {checks[best]:.4f}, epoch {best}")
     losses = [row["train_loss"] for row in history] + list(checks.values())
     start = sorted(losses)[-1 - len(losses) // 20]  # the first epochs' fall would flatten all that follows
