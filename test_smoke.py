@@ -206,7 +206,7 @@ def test_bounds_act_only_on_the_unusual():
     with torch.no_grad():
         model.logvar.bias += torch.tensor([1e6, -1e6]).repeat(4)
         model.mu.bias += torch.tensor([1e6, -1e6]).repeat(4)
-    assert vae.kl_divergence(*model.encode(images)).max() < 480
+    assert vae.kl_divergence(*model.encode(images)).max() <= 476.01
 
 def test_sampled_latents_have_the_moments_of_the_posterior():
     z = vae.VAE().reparameterize(torch.full((200_000, 1), 3.0), torch.full((200_000, 1), math.log(0.25)))
