@@ -32,7 +32,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(LATENT, 64), nn.LeakyReLU(), nn.Linear(64, 128), nn.LeakyReLU(),
             nn.Linear(128, 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
-        for layer in self.modules():  # PyTorch's smaller default leaves more latent dimensions unused
+        for layer in self.modules():  # with PyTorch's smaller default some latent dimensions stay unused
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, a=0.01)
                 nn.init.zeros_(layer.bias)
@@ -187,7 +187,7 @@ def main(argv=None):
     parser.add_argument("--alpha", type=common.number(float, 0, 1000), default=1e-3,
                         help="weight of the KL (default: %(default)s)")
     args = common.parse_args(parser, argv, "vae")
-    # At the full rate from the start, more of the latent dimensions collapse in the first epochs.
+    # At the full rate from the start, some latent dimensions collapse. Runs below 40 epochs warm up in fewer steps.
     args.warmup_steps = min(1000, 25 * args.epochs)
     data = common.load_data(args.data, args.device)
     torch.manual_seed(args.seed)
