@@ -35,9 +35,9 @@ class Classifier(nn.Module):
 
 def augment(images, args):
     """Each image is flipped left to right with probability 1/2. The batch is shifted by up to a pixel each way: always
-    where a run sees an image `shift_epochs` times, less often where fewer. In runs longer than `erase_epochs`, a
-    rectangle of some images, of all from twice that length on, its sides up to half the image's, is filled with noise
-    (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
+    if a run sees an image `shift_epochs` times, less often if it sees it fewer times. Runs longer than `erase_epochs`
+    also fill a rectangle with noise, its sides up to half the image's: in few images of a slightly longer run, in all
+    of one that is twice as long (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
     count, device = len(images), images.device
     images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(3), images)
     if torch.rand(()) < args.epochs * passes(args.labels) / args.shift_epochs:
