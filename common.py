@@ -26,8 +26,6 @@ from types import SimpleNamespace
 
 import torch
 
-NOT_CONFIG = ("resume", "eval", "device")  # flags that do not decide what a run computes
-
 class RunError(Exception):
     """The run can't go on. The message is one line that says what is wrong and what to do."""
 
@@ -107,8 +105,8 @@ def stops_early(history, patience, min_delta):
     return 0 < since and 0 < patience <= len(history) - since
 
 def learning_rate(step, steps, args):
-    """Linear warm-up, a constant rate, and from step `constant_steps` on, or from half of all steps if that is earlier,
-    linear decay to zero (Hägele et al., 2024, arXiv:2405.18392)."""
+    """Linear warm-up, a constant rate, linear decay to zero from step `constant_steps` on, or from half of all steps if
+    that is earlier (Hägele et al., 2024, arXiv:2405.18392)."""
     decay_steps = steps - min(steps // 2, args.constant_steps)
     return args.lr * min((step + 1) / max(1, min(args.warmup_steps, steps)), 1, (steps - step) / decay_steps)
 
@@ -228,7 +226,7 @@ def load(path, **parts):
 def config(args):
     """All of `args` that decides what a run computes, as JSON holds it: neither paths nor modes nor the device."""
     return json.loads(json.dumps({name: value for name, value in vars(args).items()
-                                  if name not in NOT_CONFIG and not isinstance(value, Path)}))
+                                  if name not in ("resume", "eval", "device") and not isinstance(value, Path)}))
 
 def check_config(saved, args, path):
     """RunError where a file was made with another config."""

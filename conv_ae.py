@@ -25,8 +25,7 @@ class Encoder(nn.Module):
 
     def __init__(self, latent):
         super().__init__()
-        # Pooling first leaves a quarter of the work for the rest. Momentum 0.5: with 0.1 the running statistics lag by
-        # tens of steps, too many for a classifier with few labels; the EMA smooths them anyway.
+        # Pooling first leaves a quarter of the work. With momentum 0.1 the statistics of a short run would lag.
         self.features = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(32, momentum=0.5), nn.ReLU(),  # to 14x14
             nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(64, momentum=0.5), nn.ReLU(),  # to 7x7

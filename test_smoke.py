@@ -63,6 +63,10 @@ def flags(data, tmp_path):
 def no_figures(monkeypatch):  # they take most of a short run's time
     monkeypatch.setattr(vae, "plot", lambda model, history, data: {})
 
+@pytest.fixture
+def one_pass(monkeypatch):  # each image once an epoch, for speed
+    monkeypatch.setattr(classifier, "passes", lambda count: 1)
+
 def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
@@ -378,7 +382,7 @@ class SimulatedMPS(torch.overrides.TorchFunctionMode):
 @pytest.mark.parametrize("script, own", [
     (vae, []), (conv_ae, ["--latents", "32"]), (classifier, ["--labels", "50", "--seeds", "1"])])
 def test_on_a_simulated_mps_all_runs_and_eval_confirms_on_the_cpu(
-        script, own, flags, encoder, tmp_path, capsys, monkeypatch):
+        script, own, flags, encoder, tmp_path, capsys, monkeypatch, request):
     genuine = common.parse_args
     with monkeypatch.context() as patched, SimulatedMPS():
         patched.setattr(common, "parse_args", lambda *given: argparse.Namespace(
@@ -389,7 +393,7 @@ def test_on_a_simulated_mps_all_runs_and_eval_confirms_on_the_cpu(
     script.main(flags + ["--eval"])
     assert "confirmed" in capsys.readouterr().out
     if script is vae:  # nothing but batches and noise is drawn, and the CPU draws both
-        monkeypatch.setattr(vae, "plot", lambda model, history, data: {})  # for speed
+        request.getfixturevalue("no_figures")
         vae.main(flags + ["--out", str(tmp_path / "cpu")])
         assert contents(tmp_path / "cpu" / "vae")["losses.csv"] == contents(tmp_path / "out" / "vae")["losses.csv"]
 
@@ -473,8 +477,7 @@ def test_gain_over_scratch_is_paired_by_seed():
     assert finetune["minus_scratch_mean"] == pytest.approx(0.2)  # of 0.1 and 0.3
     assert finetune["minus_scratch_se"] == pytest.approx(math.sqrt(0.02) / math.sqrt(2))
 
-def test_a_run_starts_and_ends_the_same_alone_and_after_others(encoder, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier, "passes", lambda count: 1)  # each image once an epoch, for speed
+def test_a_run_starts_and_ends_the_same_alone_and_after_others(encoder, flags, tmp_path, one_pass):
     flags = flags + ["--labels", "50", "--encoder", str(encoder)]
     classifier.main(flags + ["--seeds", "2"])
     for strategy in classifier.STYLE:
@@ -509,8 +512,7 @@ def test_ranks_share_the_runs_out_and_leave_together(monkeypatch):
         (first, ended), (second, ended_too) = pool.map(rank, (0, 1))
     assert sorted(first + second) == list(range(20)) and ended == ended_too == 2
 
-def test_runs_that_differ_in_more_than_what_varies_share_no_row(encoder, flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(classifier, "passes", lambda count: 1)  # each image once an epoch, for speed
+def test_runs_that_differ_in_more_than_what_varies_share_no_row(encoder, flags, tmp_path, capsys, one_pass):
     def rows(*own):
         """{strategy: n} of the summary after one more command, and what it printed."""
         classifier.main(flags + ["--labels", "50", "--seeds", "1", "--epochs", "1", "--strategies", *own])
@@ -692,8 +694,7 @@ def test_a_failed_evaluation_loses_no_training(flags, tmp_path, capsys, monkeypa
     (vae, [], signal.SIGINT, 130),
     (classifier, ["--strategies", "scratch", "--labels", "200", "--seeds", "1"], signal.SIGTERM, 143)])
 def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(
-        script, own, number, code, flags, tmp_path, capsys, monkeypatch, no_figures):
-    monkeypatch.setattr(classifier, "passes", lambda count: 1)  # each image once an epoch, for speed
+        script, own, number, code, flags, tmp_path, capsys, monkeypatch, no_figures, one_pass):
     flags = flags + ["--epochs", "12", *own]
     script.main(flags + ["--out", str(tmp_path / "whole")])
     genuine, calls = script.loss_fn, itertools.count()
