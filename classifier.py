@@ -1,198 +1,253 @@
-"""Does a classifier gain from starting at the autoencoder's encoder: frozen, fine-tuned, or from scratch?
+"""Does a classifier gain from starting at the autoencoder's encoder: frozen, fine-tuned, or from
+scratch?
 
-    python conv_ae.py --latents 32     # the encoder, pre-trained on the 50,000 images without their labels
-    python classifier.py --seeds 5     # test accuracy 0.9396 with all 50,000 labels (finetune, n=5)
+    python conv_ae.py --latents 32 --seeds 3    # the encoders, pre-trained without labels
+    python classifier.py                        # test accuracy 0.9394 with 50,000 labels (n=3)
 """
-import functools
-import hashlib
-from collections import defaultdict
-from itertools import product
-from types import SimpleNamespace
 
+import hashlib
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
-from conv_ae import Autoencoder, Encoder, predict, to_device
+import conv_ae
 
-# ---------------------------------------------------------------------------------------------------------------- model
+STYLE = {  # of the curves, by strategy; in this order two processes share a study evenly
+    "scratch": ("o-", common.COLORS[0]),
+    "finetune": ("^-", common.COLORS[2]),
+    "frozen": ("s--", common.COLORS[1]),
+}
+
+
+@dataclass(frozen=True)
+class Config(common.Config):
+    epochs: int = 16
+    batch_size: int = 128
+    lr: float = 4e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = common.option(0.05, "label smoothing", low=0, high=1)
+    dropout: float = common.option(0.3, "dropout before the last layer", low=0, high=1)
+    shift_epochs: int = common.option(30, "images seen so often are always shifted", low=1)
+    erase_epochs: int = common.option(30, "longer runs also erase rectangles", low=1)
+    latent: int = common.option(32, "latent dimensions of the autoencoder", low=1, high=4096)
+    strategy: str = None  # one of --strategies
+    labels: int = None  # one of --labels
+    encoder_hash: str = None  # of the weights that `frozen` and `finetune` start from
+
+
+# model and loss -----------------------------------------------------------------------------------
+
 
 class Classifier(nn.Module):
-    """Images (B, 1, 28, 28) to logits (B, 10). The head sits on the encoder's features, not on the latent vector
-    behind them, where a frozen encoder validated worse."""
+    """Images (B, 1, 28, 28) in [0, 1] to logits (B, 10). The head sits on the encoder's features,
+    not on the latent vector behind them, where a frozen encoder validated worse."""
 
-    def __init__(self, encoder, dropout):
+    bf16 = True  # see common.forward
+
+    def __init__(self, config):
         super().__init__()
+        encoder = conv_ae.Encoder(config.latent)
         self.encoder = encoder.features
         self.head = nn.Sequential(
-            nn.Linear(encoder.project.in_features, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, 10))
+            nn.Linear(encoder.project.in_features, 128),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(128, 10),
+        )
+        self.frozen = config.strategy == "frozen"
+        self.encoder.requires_grad_(not self.frozen)
+        self.label_smoothing = config.label_smoothing
+        self.shift = config.epochs * passes(config.labels) / config.shift_epochs
+        self.erase = config.epochs / config.erase_epochs - 1
 
-    def forward(self, x):
-        return self.head(self.encoder(x))
+    def train(self, mode=True):
+        """A frozen encoder stays in evaluation mode: its batch norms keep their statistics."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
 
-# ----------------------------------------------------------------------------------------------------------------- loss
+    def forward(self, images):
+        return self.head(self.encoder(images))
 
-def augment(images, args):
-    """Each image is flipped left to right with probability 1/2. The batch is shifted by up to a pixel each way: always
-    if a run sees an image `shift_epochs` times, less often if it sees it fewer times. Runs longer than `erase_epochs`
-    also fill a rectangle with noise, its sides up to half the image's: in few images of a slightly longer run, in all
-    of one that is twice as long (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
-    count, device = len(images), images.device
-    images = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, images.flip(3), images)
-    if torch.rand(()) < args.epochs * passes(args.labels) / args.shift_epochs:
-        down, right = torch.randint(3, (2,)).tolist()
-        images = F.pad(images, (1, 1, 1, 1))[:, :, down:down + 28, right:right + 28]
-    erase = args.epochs / args.erase_epochs - 1
-    if erase > 0:
-        size = torch.randint(1, 15, (count, 2, 1), device=device)
-        start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
-        pixel = torch.arange(28, device=device)
-        inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28): of the rows and of the columns
-        box = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
-        box &= torch.rand(count, 1, 1, 1, device=device) < erase
-        images = torch.where(box, torch.rand_like(images), images)
-    return images
+    def loss(self, images, labels):
+        """Cross-entropy in nats, in training with augmentation and label smoothing (Szegedy et
+        al., 2016), and accuracy."""
+        smoothing = 0.0
+        if self.training:
+            images = self.augment(images)
+            smoothing = self.label_smoothing
+        logits = common.forward(self, images)
+        return {
+            "loss": F.cross_entropy(logits, labels, label_smoothing=smoothing),
+            "accuracy": (logits.argmax(1) == labels).float().mean(),
+        }
 
-def scores(logits, labels, label_smoothing=0.0):
-    """Mean cross-entropy in nats, with label smoothing (Szegedy et al., 2016), and accuracy."""
-    return {"loss": F.cross_entropy(logits, labels, label_smoothing=label_smoothing),
-            "accuracy": (logits.argmax(1) == labels).float().mean()}
+    def augment(self, images):
+        """Flips each image with probability 1/2. Shifts the batch by up to a pixel each way, with
+        probability `shift`. Fills a rectangle with noise, its sides up to half the image's, in
+        each image with probability `erase` (random erasing, Zhong et al., 2020,
+        arXiv:1708.04896)."""
+        count, device = len(images), images.device
+        flip = torch.rand(count, 1, 1, 1, device=device) < 0.5
+        images = torch.where(flip, images.flip(3), images)
+        if torch.rand(()) < self.shift:
+            down, right = torch.randint(3, (2,)).tolist()
+            images = F.pad(images, (1, 1, 1, 1))[:, :, down : down + 28, right : right + 28]
+        if self.erase > 0:
+            size = torch.randint(1, 15, (count, 2, 1), device=device)
+            start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
+            pixel = torch.arange(28, device=device)
+            inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28): rows and columns
+            box = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
+            box &= torch.rand(count, 1, 1, 1, device=device) < self.erase
+            images = torch.where(box, torch.rand_like(images), images)
+        return images
 
-def loss_fn(model, inputs, labels, args):
-    """The scores of a batch of images, or of the features of a frozen encoder, which can't be augmented."""
-    if model.training and args.strategy != "frozen":
-        inputs = augment(inputs, args)
-    return scores(common.forward(model, inputs.float()), labels, args.label_smoothing if model.training else 0.0)
 
-# ----------------------------------------------------------------------------------------------------------------- data
+def load(path):
+    """The trained classifier of a model.pt, in evaluation mode."""
+    model = Classifier(Config(**common.read(path)["config"]))
+    common.read(path, model=model)
+    return model.eval()
+
+
+# data ---------------------------------------------------------------------------------------------
+
 
 def label_subset(labels, count, seed):
-    """Indices of `count` images, classes in equal shares (to one), nested: a larger count holds a smaller one's."""
+    """Indices of `count` images, classes in equal shares. A larger count holds a smaller one's."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels.cpu()[order]
-    rank = F.one_hot(shuffled).cumsum(0).gather(1, shuffled[:, None]).squeeze(1)  # of each image among its own class
+    # The rank of each image within its own class: 0 for the first of every class, then 1, ...
+    rank = F.one_hot(shuffled).cumsum(0).gather(1, shuffled[:, None]).squeeze(1)
     return order[rank.argsort(stable=True)][:count].to(labels.device)
 
+
 def passes(count):
-    """How often an epoch goes over `count` labels: so that 100 get more than a step an epoch, and still cost little."""
+    """How often an epoch goes over `count` labels: so that 100 get more than one step an epoch."""
     return max(1, round((5_000 / count) ** 0.5))
+
 
 def labelled(split, count, seed):
     """The training split cut to `count` labels, repeated so that an epoch is worth its time."""
-    if count == len(split.labels) and passes(count) == 1:
+    if count == len(split.labels):
         return split  # not a copy: it would be the largest thing in memory
     chosen = label_subset(split.labels, count, seed).repeat(passes(count))
     return common.Split(split.images[chosen], split.labels[chosen])
 
-def frozen_features(encoder, data):
-    """The training and validation splits with the encoder's features (N, 3200) in the images' place: computed once, as
-    without augmentation they never change; in half precision, as they are the largest thing in memory."""
-    features = encoder.features.to(data.train.images.device)
-    train, val = (common.Split(predict(features, split.images, torch.float16), split.labels)
-                  for split in (data.train, data.val))
-    return SimpleNamespace(train=train, val=val)
 
-def load_encoder(args):
-    """The encoder of the autoencoder at --encoder, and a hash of its weights."""
-    autoencoder = Autoencoder(args.latent)
-    try:
-        common.load(args.encoder, model=autoencoder)
-    except common.RunError as error:
-        command = f"python conv_ae.py --latents {args.latent} --seed {args.seed} --out {args.out}"
-        raise common.RunError(f"no encoder of --latent {args.latent} ({error}): `{command}` makes one, then leave "
-                              "--encoder out") from None
-    weights = b"".join(tensor.numpy().tobytes() for tensor in autoencoder.encoder.state_dict().values())
-    print(f"encoder: {args.encoder}", flush=True)
-    return autoencoder.encoder, hashlib.sha256(weights).hexdigest()[:16]
+def load_encoders(args):
+    """The autoencoders' encoders, {seed: encoder}, and hashes of the weights that a classifier
+    takes from them, {seed: text}. --eval needs none: runs without saved weights are left out."""
+    encoders, hashes = {}, {}
+    for seed in args.seeds:
+        folder = args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}"
+        path = args.encoder or folder / "model.pt"
+        if not path.exists() and not args.eval:
+            sys.exit(
+                f"there is no {path}: `python conv_ae.py --latents {args.latent} "
+                f"--seed {args.seed} --seeds {len(args.seeds)} --out {args.out}` makes it"
+            )
+        if path.exists():
+            encoders[seed] = conv_ae.load(path).encoder
+            digest = hashlib.sha256()
+            for tensor in encoders[seed].features.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+            hashes[seed] = digest.hexdigest()[:16]
+    return encoders, hashes
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
 
-def evaluate(model, test):
-    """The scores of the test set, and the confusion matrix: rows the true class, columns the predicted one."""
-    logits = predict(model, test.images)
-    return {"test": {name: round(value.item(), 7) for name, value in scores(logits, test.labels).items()},
-            "confusion": torch.bincount(10 * test.labels + logits.argmax(1), minlength=100).view(10, 10).tolist()}
+# evaluation ---------------------------------------------------------------------------------------
 
-def by_cell(runs):
-    """{(labels, strategy): its runs}, sorted."""
-    cells = defaultdict(list)
-    for run in runs:
-        cells[run["config"]["labels"], run["config"]["strategy"]].append(run)
-    return dict(sorted(cells.items()))
+
+def evaluate(model, data):
+    """The test loss and accuracy, and the confusion matrix: a row for each true class."""
+    predicted = conv_ae.predict(model, data.test.images).argmax(1)
+    pairs = 10 * data.test.labels + predicted
+    return {
+        "test": common.test_loop(model, data.test),
+        "confusion": torch.bincount(pairs, minlength=100).view(10, 10).tolist(),
+    }
+
+
+def best_run(runs, summary):
+    """The first run of the best strategy: of the most labels, then best in validation."""
+    best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
+    return common.group(runs, ["labels", "strategy"])[best["labels"], best["strategy"]][0]
+
+
+def accuracy_at(run, epoch):
+    """Validation accuracy after an epoch, or None."""
+    for row in run["validation"]:
+        if row["epoch"] == epoch:
+            return row["accuracy"]
+    return None
+
 
 def summarize(runs):
-    """One row per label count and strategy, over seeds: what it ends at, how far it is after the first epoch, and its
-    test accuracy minus that of `scratch`, paired by seed, with the standard error of that mean."""
-    summary, cells = [], by_cell(runs)
-    for (labels, strategy), same in cells.items():
-        checks = [{check["epoch"]: check["accuracy"] for check in run["validation"]} for run in same]
-        columns = {"test_accuracy": [run["test"]["accuracy"] for run in same],
-                   "test_loss": [run["test"]["loss"] for run in same],
-                   "val_accuracy": [check[run["best_epoch"]] for check, run in zip(checks, same)],
-                   "val_accuracy_first_epoch": [check.get(1) for check in checks]}  # None: not validated
-        row = {"strategy": strategy, "labels": labels, "n": len(same), "parameters": same[0]["parameters"]}
-        for name, values in columns.items():
-            row[f"{name}_mean"], row[f"{name}_std"] = (None, None) if None in values else common.mean_std(values)
-        scratch = {run["config"]["seed"]: run["test"]["accuracy"] for run in cells.get((labels, "scratch"), [])}
-        gains = [run["test"]["accuracy"] - scratch[run["config"]["seed"]] for run in same
-                 if run["config"]["seed"] in scratch]
-        mean, std = common.mean_std(gains) if gains else (None, None)
-        summary.append({**row, "minus_scratch_mean": mean, "minus_scratch_se": std and std / len(gains) ** 0.5})
+    """A row per label count and strategy, over seeds. `minus_scratch` is the gain in test accuracy
+    over `scratch`, paired by seed, with its standard deviation over the pairs."""
+    summary = common.summarize(runs, ["labels", "strategy"])
+    groups = common.group(runs, ["labels", "strategy"])
+    for row in summary:
+        same = groups[row["labels"], row["strategy"]]
+        kept = [accuracy_at(run, run["best_epoch"]) for run in same]
+        row |= common.mean_std("val_accuracy", kept)
+        first = [accuracy_at(run, 1) for run in same]
+        row |= common.mean_std("val_accuracy_first_epoch", first)
+        gains = [None]
+        if (row["labels"], "scratch") in groups:  # of the same seeds in the same order
+            pairs = zip(same, groups[row["labels"], "scratch"], strict=True)
+            gains = [run["test"]["accuracy"] - base["test"]["accuracy"] for run, base in pairs]
+        row |= common.mean_std("minus_scratch", gains)
     return summary
 
-# -------------------------------------------------------------------------------------------------------------- figures
 
-STYLE = {"scratch": ("o-", common.COLORS[0]), "frozen": ("s--", common.COLORS[1]), "finetune": ("^-", common.COLORS[2])}
+# figures ------------------------------------------------------------------------------------------
+
 
 def plot_learning_curves(runs):
-    """Validation accuracy by epoch, a panel per label count: mean and spread (one std) over seeds."""
-    cells = by_cell(runs)
+    """Validation accuracy by epoch, a panel per label count: mean and one std over seeds."""
+    cells = common.group(runs, ["labels", "strategy"])
     counts = sorted({labels for labels, _ in cells})
-    figure = common.new_figure(max(6, 3.6 * len(counts)), 4)
-    for labels, axes in zip(counts, figure.subplots(1, len(counts), squeeze=False)[0]):
+    size = (max(6, 3.6 * len(counts)), 4)
+    figure, panels = plt.subplots(1, len(counts), figsize=size, squeeze=False)
+    for labels, axes in zip(counts, panels[0]):
         for strategy, (line, color) in STYLE.items():
-            accuracies = defaultdict(list)  # by epoch; a run that stopped early is in the mean up to its end
+            accuracies = defaultdict(list)  # by epoch; a run that stopped early is in up to its end
             for run in cells.get((labels, strategy), []):
                 for check in run["validation"]:
                     accuracies[check["epoch"]].append(check["accuracy"])
-            means, stds = zip(*map(common.mean_std, accuracies.values())) if accuracies else ((), ())
-            axes.plot(list(accuracies), means, line, color=color, markersize=4, label=strategy)
-            axes.fill_between(list(accuracies), [m - (s or 0) for m, s in zip(means, stds)],
-                              [m + (s or 0) for m, s in zip(means, stds)], color=color, alpha=0.25)
+            points = [common.mean_std("y", values) for values in accuracies.values()]
+            mean = torch.tensor([point["y_mean"] for point in points])
+            std = torch.tensor([point["y_std"] or 0 for point in points])
+            epochs = list(accuracies)
+            axes.plot(epochs, mean, line, color=color, markersize=4, label=strategy)
+            axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.25)
         axes.set(xlabel="epoch", title=f"{labels:,} labels")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation accuracy")
-    figure.axes[0].legend(loc="lower right", title="mean and std over seeds")
+    panels[0][0].set_ylabel("validation accuracy")
+    panels[0][0].legend(loc="lower right", title="mean and std over seeds")
     return figure
 
-def plot_label_efficiency(summary):
-    """Test accuracy over the number of labels: mean and one std over seeds."""
-    figure = common.new_figure(7.5, 4.5)
-    axes = figure.subplots()
-    for strategy, (line, color) in STYLE.items():
-        rows = [row for row in summary if row["strategy"] == strategy]
-        if rows:
-            axes.errorbar([row["labels"] for row in rows], [row["test_accuracy_mean"] for row in rows],
-                          [row["test_accuracy_std"] or 0 for row in rows], fmt=line, color=color, capsize=4,
-                          label=f"{strategy} (n={'-'.join(map(str, sorted({row['n'] for row in rows})))})")
-    axes.set_xscale("log")
-    axes.set_xticks(*zip(*{row["labels"]: f"{row['labels']:,}" for row in summary}.items()))
-    axes.minorticks_off()
-    axes.set(xlabel="labelled training images", ylabel="test accuracy")
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
-    return figure
 
 def plot_confusion(run):
-    figure = common.new_figure(8, 7.2)
-    axes = figure.subplots()
+    figure, axes = plt.subplots(figsize=(8, 7.2))
     counts = torch.tensor(run["confusion"])
-    axes.imshow(counts.sqrt().numpy(), cmap="Blues")  # the root, so that the rare confusions show next to the diagonal
+    axes.imshow(counts.sqrt().numpy(), cmap="Blues")  # the root, so that rare confusions show
     for row in range(10):
         for column in range(10):
-            color = "white" if counts[row, column] > counts.max() / 3 else "black"
-            axes.text(column, row, counts[row, column].item(), ha="center", va="center", color=color)
+            count = counts[row, column].item()
+            color = "white" if count > counts.max() / 3 else "black"
+            axes.text(column, row, count, ha="center", va="center", color=color)
     axes.set_xticks(range(10), common.CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(10), common.CLASSES)
     axes.tick_params(length=0)
@@ -200,64 +255,55 @@ def plot_confusion(run):
     axes.set(xlabel="predicted", ylabel="true", title=f"test images: {run['folder']}")
     return figure
 
-def plot(runs):
-    """Summary and figures; the confusion matrix is that of the strategy with the best validation accuracy."""
-    summary = summarize(runs)
-    best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
-    first = by_cell(runs)[best["labels"], best["strategy"]][0]
-    return summary, {"learning_curves.png": plot_learning_curves(runs), "confusion_matrix.png": plot_confusion(first),
-                     "label_efficiency.png": plot_label_efficiency(summary)}
 
-# ----------------------------------------------------------------------------------------------------------------- main
-
-def make_model(args, encoder, encoder_hash):
-    """`scratch`: a random encoder. `frozen`: the autoencoder's, never updated. `finetune`: the same, trained on. What a
-    run starts from is in its config. With --eval there is no `encoder`: the run's own weights are loaded next."""
-    model = Classifier(Encoder(args.latent), args.dropout)
-    args.encoder_hash = None if args.strategy == "scratch" else encoder_hash
-    if args.encoder_hash:
-        model.encoder.load_state_dict(encoder.features.state_dict())
-    return to_device(model, args.device)
-
-@common.cli()
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=16, batch_size=128, lr=4e-3, patience=0, val_every=1, weight_decay=0.05,
-                                label_smoothing=0.05, dropout=0.3, shift_epochs=30, erase_epochs=30)
+    parser = common.make_parser(__doc__, Config)
+    parser.set_defaults(seeds=3)
     add = parser.add_argument
-    add("--strategies", nargs="+", choices=tuple(STYLE), default=list(STYLE), help="(default: all)")
-    add("--latent", type=common.number(int, 1, 4096), default=32, metavar="SIZE",
-        help="the encoder's latent dimensions (default: %(default)s)")
-    # The longest runs first: where processes share them out, none is left alone with a long one at the end.
-    add("--labels", type=common.number(int, 10, 50_000), nargs="+", default=[50_000, 10_000, 1000, 100],
-        metavar="COUNT", help="labelled training images (default: %(default)s)")
-    add("--seeds", type=common.number(int, 1, 1000), default=3, metavar="N",
-        help="runs of each, with seeds from --seed on (default: %(default)s)")
-    add("--encoder", type=common.path, metavar="PATH",
-        help="the autoencoder's model.pt (default: that of --latent and seed 0 below OUT/conv_ae, else of --seed)")
-    args = common.parse_args(parser, argv, "classifier")
-    encoders = [args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}" / "model.pt" for seed in (0, args.seed)]
-    args.encoder = args.encoder or next((path for path in encoders if path.exists()), encoders[-1])
-    # For `scratch` alone too, where there is one: the summary compares the other runs' encoders with it.
-    wanted = not args.eval and (set(args.strategies) != {"scratch"} or args.encoder.exists())
-    encoder, encoder_hash = load_encoder(args) if wanted else (None, None)
+    add("--strategies", nargs="+", choices=list(STYLE), default=list(STYLE), help="(default: all)")
+    kind, default = common.number(int, 10, 50_000), [50_000, 10_000, 1000, 100]
+    text = "labelled training images, runs of each count (default: %(default)s)"
+    add("--labels", type=kind, nargs="+", default=default, metavar="N", help=text)
+    text = "an autoencoder's model.pt (default: that of --latent and the seed below OUT/conv_ae)"
+    add("--encoder", type=Path, metavar="PATH", help=text)
+    args = common.parse_args(parser, Config, argv)
+
+    encoders, hashes = {}, {}
+    if args.strategies != ["scratch"]:
+        encoders, hashes = load_encoders(args)
     data = common.load_data(args.data, args.device)
-    if not args.eval and max(args.labels) > len(data.train.labels):
-        raise common.RunError(f"--labels {max(args.labels)}: the training split has {len(data.train.labels)} images")
-    seeds = range(args.seed, args.seed + args.seeds)
-    runs = {f"{strategy}-labels{labels}-seed{seed}": {"strategy": strategy, "labels": labels, "seed": seed}
-            for seed, labels, strategy in product(seeds, args.labels, args.strategies)}
-    del args.strategies, args.labels, args.seeds  # what is left is the same for all runs
-    features = functools.cache(lambda: frozen_features(encoder, data))
+    study = args.out / "classifier"
+    runs = {}
+    # The longest runs first and the seeds last: torchrun's processes get about equal shares.
+    for labels in sorted(args.labels, reverse=True):
+        for strategy in sorted(args.strategies, key=list(STYLE).index):
+            for seed in args.seeds:
+                encoder_hash = None if strategy == "scratch" else hashes.get(seed)
+                own = {"labels": labels, "strategy": strategy, "encoder_hash": encoder_hash}
+                config = replace(args.config, seed=seed, **own)
+                runs[study / f"{strategy}-labels{labels}-seed{seed}"] = config
+    for folder, config in common.share_out(runs, args):
+        torch.manual_seed(config.seed)
+        model = Classifier(config)
+        if config.strategy != "scratch" and config.seed in encoders:
+            model.encoder.load_state_dict(encoders[config.seed].features.state_dict())
+        model = conv_ae.to_device(model, args.device)
+        train = labelled(data.train, config.labels, config.seed)
+        subset = common.Data(train, data.val, data.test)
+        common.run(model, subset, config, args, folder, evaluate)
+    if args.eval:
+        return
 
-    def train(args, model):
-        frozen = args.strategy == "frozen" and not args.eval
-        inputs, trained = (features(), model.head) if frozen else (data, model)
-        inputs = SimpleNamespace(train=labelled(inputs.train, args.labels, args.seed), val=inputs.val)
-        common.run(args, model, functools.partial(loss_fn, args=args), inputs,
-                   evaluate=functools.partial(evaluate, test=data.test), trained=trained)
+    metrics = common.read_runs(runs)
+    if metrics is None:
+        return
+    summary = summarize(metrics)
+    figures = {
+        "learning_curves": plot_learning_curves(metrics),
+        "confusion_matrix": plot_confusion(best_run(metrics, summary)),
+    }
+    common.save_study(study, summary, metrics, figures, args)
 
-    make = functools.partial(make_model, encoder=encoder, encoder_hash=encoder_hash)
-    common.study(args, runs, make, train, plot, cost=lambda run: run["labels"] * passes(run["labels"]))
 
 if __name__ == "__main__":
-    main()
+    common.cli(main)

@@ -1,478 +1,694 @@
-"""What the scripts share: data, training and test loops, results on disk, studies, flags, figures.
+"""What the scripts share: hyperparameters, flags, data, training, runs on disk, studies, figures.
 
-A script brings a model and `loss_fn(model, images, labels) -> {name: mean over the batch}`; training minimises "loss".
-`run` trains it (`train_loop`), evaluates it and writes the files; `study` does so for every value of a flag. `args` is
-a run's config (every hyperparameter, with or without a flag), its device, its paths and its modes.
+A script defines `Config`, its hyperparameters, and a model with the method
+`loss(images, labels) -> {name: mean over the batch}`. Training minimises "loss"; validation
+reports all of them. `run` trains one model and writes its folder. A study is a loop over runs.
 """
+
 import argparse
-import contextlib
 import copy
+import dataclasses
+import functools
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import math
 import os
 import platform
-import signal
+import re
+import shlex
 import statistics
 import sys
+import tempfile
 import time
 import zlib
 from collections import defaultdict, namedtuple
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import torch
+from torch import nn
 
-class RunError(Exception):
-    """The run can't go on. The message is one line that says what is wrong and what to do."""
+# hyperparameters and flags ------------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------------- data
 
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-FILES = {  # name: (bytes, SHA-256), both of the decompressed file
-    "train-images-idx3-ubyte": (47040016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
-    "train-labels-idx1-ubyte": (60008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
-    "t10k-images-idx3-ubyte": (7840016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-    "t10k-labels-idx1-ubyte": (10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
-}
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-HOW_TO_GET = "put its files into FashionMNIST/raw below --data, `apt-get install dataset-fashion-mnist`, or go online"
+def option(default, help, low, high=1_000_000):
+    """A hyperparameter: a field of a `Config`, and a flag that takes values from low to high."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
-Split = namedtuple("Split", "images labels")  # (N, 1, 28, 28) float32 in [0, 1], and (N,) int64
 
-def find_file(name, data_dir):
-    raw = data_dir / "FashionMNIST" / "raw"
-    return next((path for path in (raw / name, raw / f"{name}.gz", DEBIAN / f"{name}.gz") if path.exists()), None)
+@dataclass(frozen=True)
+class Config:
+    """All that decides what a run computes: recorded, and compared by --resume and --eval.
+    An `option` is also a flag. Other fields are set by the script."""
 
-def read_idx(name, data_dir):
-    """The bytes of one file after its IDX header, (N,) uint8. RunError where it is not the genuine file."""
-    path = find_file(name, data_dir)
+    epochs: int = option(16, "epochs at most", low=1, high=99_999)
+    batch_size: int = option(128, "images in a step", low=1)
+    lr: float = option(4e-3, "peak learning rate of AdamW", low=1e-8, high=10)
+    weight_decay: float = option(0.0, "weight decay of AdamW", low=0, high=1000)
+    warmup_steps: int = option(200, "steps in which the learning rate rises", low=0)
+    constant_steps: int = option(2000, "the learning rate falls from this step on", low=0)
+    ema_decay: float = option(0.998, "share of the EMA weights that a step keeps", low=0, high=1)
+    val_every: int = option(1, "epochs from one validation to the next", low=1)
+    patience: int = option(0, "epochs without progress until training stops; 0: never", low=0)
+    min_delta: float = option(1e-3, "fall of the validation loss that is progress", low=0)
+    seed: int = option(0, "seed of weights, batches and noise", low=0, high=42_948)
+
+
+def options(config_class):
+    """The fields that are flags, each with its metadata. A script's Config that changes a default
+    of common.Config keeps its help and bounds."""
+    inherited = {item.name: item.metadata for item in dataclasses.fields(Config)}
+    for item in dataclasses.fields(config_class):
+        about = item.metadata or inherited.get(item.name)
+        if about:
+            yield item, about
+
+
+def number(kind, low, high):
+    """An argparse type: an int or a float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # true for nan
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:,} to {high:,}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse shows it where `text` is not a number
+    return parse
+
+
+def make_parser(description, config_class):
+    """A flag for each hyperparameter, and those that all scripts share."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=raw, allow_abbrev=False
+    )
+    add = parser.add_argument
+    for item, about in options(config_class):
+        flag = "--" + item.name.replace("_", "-")
+        kind = number(item.type, about["low"], about["high"])
+        text = about["help"] + " (default: %(default)s)"
+        add(flag, type=kind, default=item.default, metavar=item.type.__name__.upper(), help=text)
+    text = "runs of each setting, with the seeds from --seed on (default: %(default)s)"
+    add("--seeds", type=number(int, 1, 1000), default=1, metavar="N", help=text)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    text = "folder of the dataset (default: %(default)s)"
+    add("--data", type=Path, default="data", metavar="DIR", help=text)
+    text = "folder of the results (default: %(default)s)"
+    add("--out", type=Path, default="results", metavar="DIR", help=text)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on where this command stopped")
+    mode.add_argument("--eval", action="store_true", help="only evaluate the saved weights again")
+    return parser
+
+
+def parse_args(parser, config_class, argv):
+    """The flags, with `config` made of the hyperparameters, `device` a torch.device, `seeds` a
+    range and `command` as typed. A bad value ends in argparse's message and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if "" in argv:  # a shell makes it of an unset variable
+        parser.error("an argument is empty")
+    for name, value in vars(args).items():
+        if isinstance(value, list) and len(set(value)) < len(value):
+            parser.error(f"argument --{name}: the same value twice")
+    values = {item.name: getattr(args, item.name) for item, _ in options(config_class)}
+    args.config = config_class(**values)
+
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if torch.cuda.is_available():
+        available.append("cuda")
+    name = available[-1] if args.device == "auto" else args.device
+    if name not in available:
+        parser.error(f"argument --device: {name} is not available, only {' '.join(available)}")
+    if name == "cuda":
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
+        torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
+    args.device = torch.device(name)
+
+    args.seeds = range(args.seed, args.seed + args.seeds)
+    args.command = shlex.join(word for word in argv if word != "--resume")
+    plt.switch_backend("agg")  # figures go to files only
+    return args
+
+
+def cli(main):
+    """Calls a script's `main`. Ctrl-C and a closed pipe end in one line at most."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise RunError(f"{path} can't be read ({error}): delete it, then {HOW_TO_GET}") from None
-    if (len(content), hashlib.sha256(content).hexdigest()) != FILES[name]:
-        raise RunError(f"{path} is damaged (its size or SHA-256 is not {name}'s): delete it, then {HOW_TO_GET}")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16 if "images" in name else 8)
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nstopped; --resume goes on from the last complete epoch", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # of `| head`: nobody reads on, not even what Python says at its exit
+        os._exit(1)
 
-def load_data(data_dir, device):
-    """Fashion-MNIST (Xiao et al., 2017) as `Split`s .train, .val and .test on `device`: a batch is an index into them.
-    The 60,000 training images are split 5:1 by one fixed permutation, for every script and seed the same: an encoder
-    must not have seen another script's validation images."""
-    missing = [name for name in FILES if find_file(name, data_dir) is None]
+
+# data ---------------------------------------------------------------------------------------------
+
+Split = namedtuple("Split", "images labels")  # (N, 1, 28, 28) float32 in [0, 1] and (N,) int64
+Data = namedtuple("Data", "train val test")
+
+SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+
+
+def read_genuine(path):
+    """The bytes of one of the four files, unpacked. Ends the process where they are not those."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):
+        content = b""
+    if hashlib.sha256(content).hexdigest() != SHA256[path.name.removesuffix(".gz")]:
+        sys.exit(
+            f"{path} is damaged or of another dataset (its SHA-256 differs): "
+            "put the genuine files into DIR/FashionMNIST/raw and give --data DIR"
+        )
+    return content
+
+
+def fetch(raw, names):
+    """Puts missing files into the folder `raw`, out of Debian's package, else of a download."""
+    from torchvision.datasets import FashionMNIST
+
+    with tempfile.TemporaryDirectory() as temporary:
+        source = DEBIAN
+        if not DEBIAN.exists():
+            print("data: downloading 30 MB", flush=True)
+            try:
+                source = Path(FashionMNIST(temporary, download=True).raw_folder)
+            except Exception as error:  # of urllib, http, zlib, torchvision: a dozen types
+                sys.exit(
+                    f"no {names[0]} in {raw} and no download ({one_line(error)}): go online, or "
+                    "`apt-get install dataset-fashion-mnist`, or give --data the dataset's folder"
+                )
+        print(f"data: unpacking {source}", flush=True)
+        for name in names:
+            save(raw / name, read_genuine(source / f"{name}.gz"))
+
+
+def load_data(folder, device):
+    """Fashion-MNIST (Xiao et al., 2017) on `device`. All scripts and seeds validate on the same
+    images: an encoder must not have seen another script's validation images."""
+    from torchvision.datasets import FashionMNIST  # not at the top: --help would wait for it
+
+    raw = folder / "FashionMNIST" / "raw"
+    missing = [name for name in SHA256 if not (raw / name).exists()]
     if missing:
-        from torchvision.datasets import FashionMNIST  # here, because the import takes seconds and few runs need it
-        try:
-            with locked(data_dir, wait=True):  # of several ranks one downloads, the others find its files
-                print(f"downloading Fashion-MNIST (30 MB) into {data_dir}", flush=True)
-                FashionMNIST(data_dir, download=True)
-        except (OSError, RuntimeError) as error:
-            raise RunError(f"no {missing[0]} and no download ({' '.join(str(error).split())}): {HOW_TO_GET}") from None
-    arrays = [read_idx(name, data_dir).to(device) for name in FILES]
-    full, test = (Split(images.view(-1, 1, 28, 28).float() / 255, labels.long())
-                  for images, labels in (arrays[:2], arrays[2:]))
-    order = torch.randperm(len(full.labels), generator=torch.Generator().manual_seed(0)).to(device)
-    parts = order.split([len(order) - len(order) // 6, len(order) // 6])
+        fetch(raw, missing)
+    for name in SHA256:
+        read_genuine(raw / name)
+    print(f"data: {raw}", flush=True)
+    splits = []
+    for train in (True, False):
+        dataset = FashionMNIST(folder, train=train)
+        images = dataset.data.to(device).unsqueeze(1).float() / 255
+        splits.append(Split(images, dataset.targets.to(device)))
+    full, test = splits
+    count = len(full.labels)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = order.split([count - count // 6, count // 6])
     train, val = (Split(full.images[part], full.labels[part]) for part in parts)
-    return SimpleNamespace(train=train, val=val, test=test)
+    return Data(train, val, test)
 
-# ------------------------------------------------------------------------------------------------------------- training
 
-def has_bf16(device):
-    """Whether the device computes in bfloat16 faster than in float32, by what it reports of itself."""
+# training -----------------------------------------------------------------------------------------
+
+
+def uses_bf16(model, device):
+    """Whether `model` trains in bfloat16: its class says `bf16 = True`, and the device reports
+    that it is faster in it than in float32."""
+    fast = False
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    reported = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(reported.get("amx_bf16") or reported.get("avx512_bf16"))
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # old releases have none
+        capabilities = torch.cpu.get_capabilities()
+        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return fast and getattr(model, "bf16", False)
+
 
 def forward(model, x):
-    """model(x) as float32. Training computes it in bfloat16 where the device is faster in it; evaluation never does."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=model.training and has_bf16(x.device)):
+    """model(x) in float32. In training it is computed in bfloat16 where `uses_bf16`."""
+    enabled = model.training and uses_bf16(model, x.device)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
         return model(x).float()
 
-def best_epoch(history):
-    return min((row for row in history if "val" in row), key=lambda row: row["val"]["loss"])["epoch"]
 
-def stops_early(history, patience, min_delta):
-    """Whether the validation loss has not fallen by more than `min_delta` since `patience` epochs (0: never stops)."""
-    reference, since = math.inf, 0
+def learning_rate(step, steps, config):
+    """Linear warm-up, then constant, then linear decay to zero over at least half of the steps
+    (Hägele et al., 2024, arXiv:2405.18392)."""
+    decay_start = min(config.constant_steps, steps // 2)
+    rising = (step + 1) / max(1, min(config.warmup_steps, steps))
+    falling = (steps - step) / (steps - decay_start)
+    return config.lr * min(rising, 1, falling)
+
+
+def best_epoch(history, config):
+    """The epoch whose weights are kept: with early stopping that of the lowest validation loss,
+    without it the last."""
+    if config.patience == 0:
+        return history[-1]["epoch"]
+    validated = [row for row in history if "val" in row]
+    return min(validated, key=lambda row: row["val"]["loss"])["epoch"]
+
+
+def stops_early(history, config):
+    """Whether the last epoch's validation ends `patience` epochs without progress."""
+    if config.patience == 0 or not history or "val" not in history[-1]:
+        return False
+    lowest, progress_epoch = math.inf, 0
     for row in history:
-        if "val" in row and row["val"]["loss"] < reference - min_delta:
-            reference, since = row["val"]["loss"], row["epoch"]
-    return 0 < since and 0 < patience <= len(history) - since
+        if "val" in row and row["val"]["loss"] < lowest - config.min_delta:
+            lowest, progress_epoch = row["val"]["loss"], row["epoch"]
+    return history[-1]["epoch"] - progress_epoch >= config.patience
 
-def learning_rate(step, steps, args):
-    """Linear warm-up, a constant rate, linear decay to zero from step `constant_steps` on, or from half of all steps if
-    that is earlier (Hägele et al., 2024, arXiv:2405.18392)."""
-    decay_steps = steps - min(steps // 2, args.constant_steps)
-    return args.lr * min((step + 1) / max(1, min(args.warmup_steps, steps)), 1, (steps - step) / decay_steps)
-
-def update_ema(pairs, step, decay):
-    """Moves each EMA tensor towards the latest. The memory is short at first: the initial weights are worth nothing."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for ema, latest in pairs:
-        ema.lerp_(latest, 1 - decay)
 
 @torch.no_grad()
-def test_loop(model, loss_fn, split, batch_size=250):
-    """The means of `loss_fn` over a split. Its noise is the same in every evaluation."""
-    totals = defaultdict(float)
+def test_loop(model, split, batch_size=250):
+    """The means of `model.loss` over a split. Its noise is the same every time."""
     model.eval()
     torch.manual_seed(0)
-    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
-        for name, mean in loss_fn(model, images, labels).items():
+    batches = zip(split.images.split(batch_size), split.labels.split(batch_size))
+    totals = defaultdict(float)
+    for images, labels in batches:
+        for name, mean in model.loss(images, labels).items():
             totals[name] += mean.item() * len(labels)
     return {name: round(total / len(split.labels), 7) for name, total in totals.items()}
 
-@torch.no_grad()
-def knn_accuracy(index, index_labels, queries, query_labels, k=10):
-    """Share of `queries` (Q, D) whose label is the most frequent of their k nearest, Euclidean, in `index` (N, D)."""
-    nearest = [torch.cdist(points, index).topk(min(k, len(index)), largest=False).indices
-               for points in queries.split(1000)]
-    votes = index_labels[torch.cat(nearest)].cpu().mode(1).values  # mode is not implemented on MPS
-    return (votes == query_labels.cpu()).double().mean().item()
 
-def train_loop(model, loss_fn, data, args):
-    """Trains `model` in place, leaves it at its best weights, returns the history, a row an epoch. Validated and kept
-    is the exponential moving average (EMA) of the weights (Polyak & Juditsky, 1992): it is less noisy."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+def train_loop(model, data, config, folder, code, resume):
+    """Trains `model` and leaves it at its best weights. Returns the history, a row an epoch.
+
+    Validated and kept is the exponential moving average (EMA) of the weights (Polyak & Juditsky,
+    1992), which is less noisy. `folder` holds the state after the last epoch, in checkpoint.pt.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
     ema, best = copy.deepcopy(model), copy.deepcopy(model)
-    pairs = zip(ema.state_dict().values(), model.state_dict().values())  # with batch norm's statistics, not its counter
-    pairs = [(old, new) for old, new in pairs if old.is_floating_point()]
+    ema_tensors = [tensor for tensor in ema.state_dict().values() if tensor.is_floating_point()]
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     state = {"model": model, "ema": ema, "best": best, "optimizer": optimizer}
-    history = load_checkpoint(state, args) if args.resume else []
-    steps_per_epoch = math.ceil(len(data.train.labels) / args.batch_size)
-    while len(history) < args.epochs and not stops_early(history, args.patience, args.min_delta):
-        epoch, start, total = len(history) + 1, time.perf_counter(), torch.zeros((), device=args.device)
+    history = load_checkpoint(folder, state, config, code) if resume else []
+
+    count = len(data.train.labels)
+    device = data.train.labels.device
+    steps_per_epoch = math.ceil(count / config.batch_size)
+    while len(history) < config.epochs and not stops_early(history, config):
+        start = time.perf_counter()
+        epoch = len(history) + 1
+        step = (epoch - 1) * steps_per_epoch
+        total_loss = torch.zeros((), device=device)
         model.train()
-        torch.manual_seed(100_000 * args.seed + epoch)  # of all devices: an epoch draws the same, resumed or not
-        order = torch.randperm(len(data.train.labels)).to(args.device)  # drawn by the CPU: the same on every device
-        for step, batch in enumerate(order.split(args.batch_size), (epoch - 1) * steps_per_epoch):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args.epochs * steps_per_epoch, args)
-            loss = loss_fn(model, data.train.images[batch], data.train.labels[batch])["loss"]
+        torch.manual_seed(100_000 * config.seed + epoch)  # an epoch draws the same when resumed
+        order = torch.randperm(count).to(device)  # drawn by the CPU: the same on every device
+        for batch in order.split(config.batch_size):
+            rate = learning_rate(step, config.epochs * steps_per_epoch, config)
+            optimizer.param_groups[0]["lr"] = rate
+            loss = model.loss(data.train.images[batch], data.train.labels[batch])["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            update_ema(pairs, step, args.ema_decay)
-            total += loss.detach() * len(batch)
-        history.append({"epoch": epoch, "train_loss": round(total.item() / len(order), 7)})
-        if epoch % args.val_every == 0 or epoch == args.epochs:
-            history[-1]["val"] = test_loop(ema, loss_fn, data.val)
-            if best_epoch(history) == epoch:
+            # The EMA's memory is short at first: the initial weights are worth nothing.
+            decay = min(config.ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for average, latest in zip(ema_tensors, tensors):
+                    average.lerp_(latest, 1 - decay)
+            total_loss += loss.detach() * len(batch)
+            step += 1
+
+        history.append({"epoch": epoch, "train_loss": round(total_loss.item() / count, 7)})
+        if epoch % config.val_every == 0 or epoch == config.epochs:
+            history[-1]["val"] = test_loop(ema, data.val)
+            if best_epoch(history, config) == epoch:
                 best.load_state_dict(ema.state_dict())
         history[-1]["seconds"] = round(time.perf_counter() - start, 4)
-        if not all(map(math.isfinite, flatten(history[-1]).values())):
-            raise RunError(f"the loss is not finite in epoch {epoch} at --lr {args.lr:g}: try {args.lr / 3:.1g}")
-        print(epoch_line(history, args), flush=True)
-        save_checkpoint(state, history, args)
+        print_epoch(folder.name, history, config)
+        states = {name: part.state_dict() for name, part in state.items()}
+        origin = {"config": vars(config), "code": code}
+        save(folder / "checkpoint.pt", {**origin, "history": history, **states})
+
+    if len(history) < config.epochs:
+        print(f"{folder.name}: stops early, after {config.patience} epochs without progress")
     model.load_state_dict(best.state_dict())
     return history
 
-def epoch_line(history, args):
-    """What the terminal shows of the last epoch."""
-    row, pace = history[-1], statistics.mean(row["seconds"] for row in history)
-    val = f"val {row['val']['loss']:.5f}" if "val" in row else " " * 11
-    left = (args.epochs - row["epoch"]) * pace
-    return (f"epoch {row['epoch']:3d}/{args.epochs}  train {row['train_loss']:.5f}  {val}  {pace:.2f} s/epoch"
-            f"  {left // 60:.0f}m{left % 60:02.0f}s left  {args.folder.name}")
 
-def save_checkpoint(state, history, args):
-    write_files(args.folder, {"checkpoint.pt": {
-        "config": config(args), "history": history, **{name: part.state_dict() for name, part in state.items()}}})
+def print_epoch(name, history, config):
+    """A line for the last epoch. Ends the process where a loss in it is not finite."""
+    row = history[-1]
+    losses = {"train": row["train_loss"], **row.get("val", {})}
+    if not all(math.isfinite(loss) for loss in losses.values()):
+        sys.exit(f"{name}: the loss is not finite in epoch {row['epoch']}: try a lower --lr")
+    val = f"  val {describe(row['val'])}" if "val" in row else ""
+    pace = statistics.mean(row["seconds"] for row in history)
+    minutes, seconds = divmod(round(pace * (config.epochs - row["epoch"])), 60)
+    print(
+        f"{name}  epoch {row['epoch']:3d}/{config.epochs}  train {row['train_loss']:.5f}{val}"
+        f"  {row['seconds']:.2f} s, {minutes}m{seconds:02d}s left",
+        flush=True,
+    )
 
-def load_checkpoint(state, args):
-    """Puts back what `save_checkpoint` wrote and returns the history; [] where there is no checkpoint."""
-    path = args.folder / "checkpoint.pt"
+
+def load_checkpoint(folder, state, config, code):
+    """Puts back the state in checkpoint.pt and returns the history; [] without a checkpoint."""
+    path = folder / "checkpoint.pt"
     if not path.exists():
         return []
-    check_config(load(path)["config"], args, path)
-    return load(path, **state)["history"]
+    check_origin(read(path), config, path, code)
+    history = read(path, **state)["history"]
+    # Fused AdamW needs the moments in the parameters' memory layout, which that of a checkpoint
+    # from another device may not be.
+    for parameter, values in state["optimizer"].state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            values[name] = torch.empty_like(parameter).copy_(values[name])
+    print(f"{folder.name}: goes on after epoch {len(history)}", flush=True)
+    return history
 
-# -------------------------------------------------------------------------------------------------------------- results
 
-def write_files(folder, files):
-    """Writes {name: content} into `folder`, all or none: to temporary files first, then each is moved into place."""
-    temporary = {name: folder / f".{name}.{platform.node()}-{os.getpid()}.tmp" for name in files}
+# runs on disk -------------------------------------------------------------------------------------
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+def describe(metrics):
+    return " ".join(f"{name} {value:.5f}" for name, value in metrics.items())
+
+
+def save(path, content):
+    """Writes bytes, text, JSON, weights or a figure. A file has its name only when complete."""
+    buffer = io.BytesIO()  # torch.save straight to a full disk ends in a dump of C++
+    if path.suffix == ".pt":
+        torch.save(content, buffer)
+    elif path.suffix == ".png":
+        content.savefig(buffer, format="png")
+        plt.close(content)
+    elif path.suffix == ".json":
+        buffer.write(json.dumps(content, indent=1).encode() + b"\n")
+    else:
+        buffer.write(content if isinstance(content, bytes) else content.encode())
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        for name, content in files.items():
-            buffer = io.BytesIO()  # torch.save straight to a full disk ends in a dump of C++
-            if name.endswith(".pt"):
-                torch.save(content, buffer)
-            elif name.endswith(".png"):
-                content.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-            else:
-                buffer.write((content if isinstance(content, str) else json.dumps(content, indent=1) + "\n").encode())
-            temporary[name].write_bytes(buffer.getvalue())
-        for name in files:
-            os.replace(temporary[name], folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-def load(path, **parts):
-    """The content of a run's .json or .pt file, which can't run code. Each of `parts` loads the state of its name."""
-    try:
-        saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        return {**saved, "config": dict(saved["config"])}
-    except Exception as error:  # half a dozen types: not there, damaged, other shapes, a pickle with code
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{path} can't be used ({reason}): run again without --eval and --resume") from None
-
-def config(args):
-    """All of `args` that decides what a run computes, as JSON holds it: neither paths nor modes nor the device."""
-    return json.loads(json.dumps({name: value for name, value in vars(args).items()
-                                  if name not in ("resume", "eval", "device") and not isinstance(value, Path)}))
-
-def check_config(saved, args, path):
-    """RunError where a file was made with another config."""
-    own = config(args)
-    for name in {**own, **saved}:
-        if saved.get(name) != own.get(name):
-            raise RunError(f"{path} was made with {name} {saved.get(name)}, not {own.get(name)}: give the "
-                           "same flags and code, or another --out")
-
-def fingerprint(model):
-    """A hash of the network: its layers with their settings, the shapes of its tensors."""
-    layers = str(model).replace(", bias=True", "")  # in the shapes; only new releases print it for batch norm
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
-    return hashlib.sha256(f"{layers}{shapes}".encode()).hexdigest()[:16]
-
-@contextlib.contextmanager
-def locked(folder, wait=False):
-    """Makes `folder` and holds it until the block or the process ends. RunError where another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":  # no flock there: do not start two runs into one folder
-        yield
-        return
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    except BlockingIOError:
-        raise RunError(f"another process is writing to {folder}: wait for it, or give another --out") from None
-    finally:
-        os.close(handle)
-
-def flatten(value, where=""):
-    """All values in nested dicts and lists, by where they stand: {".test.loss": 0.07}."""
-    if not isinstance(value, (dict, list)):
-        return {where: value}
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    return {place: leaf for key, part in parts for place, leaf in flatten(part, f"{where}.{key}").items()}
-
-def compare(recorded, measured, path):
-    """RunError where a number is not the recorded one. Another device may round: counts by 5, others by 1 in 2,000."""
-    recorded = flatten(recorded)
-    for name, value in flatten(measured).items():
-        known, tolerance = recorded.get(name), 5 if isinstance(value, int) else abs(value) / 2000
-        if not isinstance(known, (int, float)) or not abs(value - known) <= tolerance:
-            raise RunError(f"{path}: {name[1:]} is {value:.6g} now, not {known}: the weights, the code or the data "
-                           "are not those of that run; train it again")
-
-def run(args, model, loss_fn, data, evaluate=None, plot=None, trained=None):
-    """One run in `args.folder`: trains `model` (or only its part `trained`), evaluates it, writes the files.
-
-    `evaluate(model)` gives what goes into metrics.json, test metrics as {"test": {name: value}}; without it, the values
-    of `loss_fn`. `plot(model, history)` gives {file name: figure}. --resume continues an unfinished run and leaves a
-    complete one alone. --eval evaluates the saved weights and writes nothing."""
-    folder, checkpoint = args.folder, args.folder / "checkpoint.pt"
-    evaluate = evaluate or (lambda model: {"test": test_loop(model, loss_fn, data.test)})
-    describe = lambda test: "  ".join(f"{name} {value:.5f}" for name, value in test.items())
-    if args.eval:
-        load(folder / "model.pt", model=model)
-        measured = evaluate(model)
-        compare(load(folder / "metrics.json"), measured, folder / "metrics.json")
-        print(f"{folder}: confirmed: {describe(measured['test'])}", flush=True)
-        return
-    args.network = fingerprint(model)
-    with locked(folder):
-        if args.resume and (folder / "metrics.json").exists() and not checkpoint.exists():
-            check_config(load(folder / "metrics.json")["config"], args, folder)
-            print(f"{folder}: complete", flush=True)
-            return
-        if not args.resume and (checkpoint.exists() or (folder / "metrics.json").exists()):
-            print(f"{folder}: the results there will be replaced; --resume keeps them", flush=True)
-        environment = {"python": platform.python_version(), "torch": torch.__version__, "device": args.device.type,
-                       "threads": torch.get_num_threads(), "torchvision": version("torchvision")}
-        history = train_loop(trained or model, loss_fn, data, args)
-        checks = [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row]
-        metrics = {"config": config(args), "environment": environment, "epochs_run": len(history),
-                   "best_epoch": best_epoch(history), "train_seconds": round(sum(row["seconds"] for row in history), 2),
-                   "parameters": sum(p.numel() for p in model.parameters()), **evaluate(model), "validation": checks}
-        losses = [f"{row['epoch']},{row['train_loss']:.7f},{row.get('val', {}).get('loss', '')}" for row in history]
-        write_files(folder, {**(plot(model, history) if plot else {}), "metrics.json": metrics,
-                             "losses.csv": "\n".join(["epoch,train_loss,val_loss", *losses, ""]),
-                             "model.pt": {"config": config(args), "model": model.state_dict()}})
-        checkpoint.unlink(missing_ok=True)
-        print(f"test {describe(metrics['test'])}")
-        print(f"files in {folder}", flush=True)
-
-# -------------------------------------------------------------------------------------------------------------- studies
-
-RUN_METRICS = ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")  # what a study keeps of a run
-
-def study(args, runs, make_model, train, plot, cost=lambda varies: 1):
-    """The runs of a study, each in a folder of its own, then its metrics.json and figures in `args.folder`.
-
-    `runs` is {folder name: what varies in that run}; `args` holds what does not. `make_model(args)` builds a run's
-    network, and may add to its args what it starts from. `train(args, model)` ends in `run`. `plot(runs)` gives summary
-    and {file name: figure} from the metrics of all runs in the folder whose args differ only in what varies."""
-    varying = sorted({name for varies in runs.values() for name in varies})
-    if args.eval:
-        runs = {path.parent.name: load(path)["config"] for path in sorted(args.folder.glob("*/model.pt"))}
-        runs = {name: saved for name, saved in runs.items() if saved.keys() >= set(varying)}
-        if not runs:
-            raise RunError(f"no model.pt below {args.folder}: run the same command without --eval first")
-    start, costs = time.perf_counter(), [1 if args.eval else cost(varies) for varies in runs.values()]
-    for done, (turn, (name, varies)) in enumerate(share_out(list(enumerate(runs.items())))):
-        left = (time.perf_counter() - start) * sum(costs[turn:]) / max(sum(costs[:turn]), 1) / 60
-        known = done > 0 and not args.resume  # complete runs take no time
-        print(f"--- {name}: run {turn + 1} of {len(runs)}{f', about {left:.0f} min left' * known}", flush=True)
-        own = argparse.Namespace(**{**vars(args), **varies, "folder": args.folder / name})
-        torch.manual_seed(own.seed)  # before the model, so that a run is the same in any study or alone
-        train(own, make_model(own))
-    if args.eval or torch.distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
-        return
-    comparable = comparable_runs(args, varying, make_model)
-    summary, figures = plot(comparable)
-    short = [{"folder": run["folder"], **{name: run["config"][name] for name in varying},
-              **{name: run[name] for name in RUN_METRICS}} for run in comparable]
-    write_files(args.folder, {**figures, "metrics.json": {"config": config(args), "summary": summary, "runs": short}})
-    print(f"files in {args.folder}")
-
-def share_out(jobs):
-    """The jobs of this process: of torchrun's ranks, the one that is free takes the next. Ends when all are done."""
-    store, ranks = torch.distributed.HashStore(), 1
-    if torch.distributed.is_torchelastic_launched():
-        store, _, ranks = next(torch.distributed.rendezvous("env://"))
-    while (turn := store.add("turn", 1) - 1) < len(jobs):
-        yield jobs[turn]
-    store.add("ranks done", 1)
-    while store.add("ranks done", 0) < ranks:  # not store.wait: no signal would reach Python in it
-        time.sleep(0.2)
-
-def comparable_runs(args, varying, make_model):
-    """The metrics of the runs in `args.folder` that differ from `args` only in what varies; names the others."""
-    runs = []
-    for path in sorted(args.folder.glob("*/metrics.json")):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            metrics = load(path)
-            own = argparse.Namespace(**{**vars(args), **{name: metrics["config"][name] for name in varying}})
-            own.network = fingerprint(make_model(own))
-            check_config(metrics["config"], own, "it")
-            runs.append({"folder": path.parent.name, **{name: metrics[name] for name in RUN_METRICS}, **metrics})
-        except (RunError, KeyError) as error:
-            print(f"{path.parent} is left out of the summary: {error}")
-    return runs
+            temporary.write_bytes(buffer.getvalue())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        sys.exit(f"{path} can't be written ({reason}): make space there, or give another folder")
 
-def mean_std(values):
-    """Mean and sample standard deviation (None for a single value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
-# ---------------------------------------------------------------------------------------------------------------- flags
-
-def number(kind, low, high):
-    """An argparse type: a number of that kind from low to high, both included; nan and inf are neither."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-    parse.__name__ = f"{'whole ' * (kind is int)}number from {low:,} to {high:,}"  # argparse shows it in its message
-    return parse
-
-def path(text):
-    if not text:
-        raise ValueError
-    return Path(text)
-
-def make_parser(description, **defaults):
-    """The flags that all scripts share. `defaults` are the script's, for hyperparameters without a flag too."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    add("--epochs", type=number(int, 1, 100_000), help="at most so many (default: %(default)s)")
-    add("--batch-size", type=number(int, 1, 10_000), help="images a step (default: %(default)s)")
-    add("--lr", type=number(float, 1e-8, 10), help="AdamW's peak learning rate (default: %(default)s)")
-    add("--seed", type=number(int, 0, 42_948), default=0, help="of weights, batches, noise (default: %(default)s)")
-    add("--patience", type=number(int, 0, 100_000), help="early stopping, in epochs; 0: off (default: %(default)s)")
-    add("--min-delta", type=number(float, 0, 1000), default=1e-3, help="a fall that counts (default: %(default)s)")
-    add("--val-every", type=number(int, 1, 100_000), help="epochs between validations (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: %(default)s)")
-    add("--data", type=path, default=Path("data"), help="folder of the dataset (default: %(default)s)")
-    add("--out", type=path, default=Path("results"), help="root of the results (default: %(default)s)")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
-    mode.add_argument("--eval", action="store_true", help="no training: compare the saved weights with metrics.json")
-    parser.set_defaults(**dict(weight_decay=0.0, warmup_steps=200, constant_steps=2000, ema_decay=0.998) | defaults)
-    return parser
-
-def parse_args(parser, argv, script):
-    """The args of a script, whose results go to `args.folder`. With --eval the config is the one recorded there."""
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, list) and len(set(value)) < len(value):
-            parser.error(f"argument --{name.replace('_', '-')}: the same value twice")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    there = ["cpu", accelerator.type] if accelerator and accelerator.type in ("cuda", "mps") else ["cpu"]
-    if args.device not in (*there, "auto"):
-        parser.error(f"argument --device: there is no {args.device} here, try --device auto")
-    args.device = there[-1] if args.device == "auto" else args.device
-    if args.device == "cuda":  # under torchrun each rank its own
-        torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    args.device, args.folder = torch.device(args.device), args.out / script
-    if args.eval:
-        recorded = load(args.folder / "metrics.json")["config"]
-        vars(args).update({name: recorded[name] for name in config(args) if name in recorded})
-    return args
-
-@contextlib.contextmanager
-def cli():
-    """Around a script's main: errors end in one line and exit code 1, Ctrl-C in 130, SIGTERM in 143."""
-    def stop(number, frame):
-        print("\nstopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(128 + number)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+def read(path, **parts):
+    """The content of a run's .json or .pt file, a dict with its "config". Reading can't run code.
+    Each of `parts` loads the state of its name."""
     try:
-        yield
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}{': check the space and the permissions there' * isinstance(error, OSError)}")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if Path(path).suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+        return {**content, "config": dict(content["config"])}
+    except Exception as error:  # absent, damaged, other shapes, a pickle with code: a dozen types
+        sys.exit(f"{path} can't be used ({one_line(error)}): restore it, or give another --out")
 
-# -------------------------------------------------------------------------------------------------------------- figures
 
-# Ten colours that stay apart for colour-blind readers, in the order of CLASSES (Petroff, arXiv:2107.02270).
-COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+def check_origin(saved, config, path, code=None):
+    """Ends the process where a file was made with another config, or by other code if given."""
+    own, then = vars(config), saved["config"]
+    if code is not None:
+        own, then = {**own, "code": code}, {**then, "code": saved.get("code")}
+    for name in {**own, **then}:
+        if own.get(name) != then.get(name):
+            sys.exit(
+                f"{path} was made with {name} {then.get(name)}, not {own.get(name)}: "
+                "give the flags and the code of that run, or another --out"
+            )
 
-def new_figure(width, height):
-    """An empty matplotlib figure, in inches, in the style of all figures here."""
-    import matplotlib.figure  # here, so that --help does not wait for it
-    matplotlib.rcParams.update({
-        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-        "axes.prop_cycle": matplotlib.cycler(color=COLORS), "figure.constrained_layout.use": True})
-    return matplotlib.figure.Figure(figsize=(width, height))
+
+@functools.cache  # a file that is edited during a study does not change what the study runs
+def source(thing):
+    """The source code of a class or function without comments and docstrings."""
+    return re.sub(r'""".*?"""|\s*#[^\n]*', "", inspect.getsource(thing), flags=re.DOTALL)
+
+
+def code_hash(model):
+    """A hash of the code that computes: the model's own classes, its loss included, and the
+    training loop."""
+    classes = {type(module) for module in model.modules()}
+    own = [item for item in classes if not item.__module__.startswith("torch.")]
+    parts = [train_loop, learning_rate, *sorted(own, key=lambda item: item.__qualname__)]
+    text = "\n".join(source(part) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_complete(folder):
+    """Whether `folder` holds a finished run. Its checkpoint is removed last."""
+    return (folder / "model.pt").exists() and not (folder / "checkpoint.pt").exists()
+
+
+def run(model, data, config, args, folder, evaluate):
+    """Trains `model`, evaluates it, and writes losses.csv, metrics.json and model.pt to `folder`.
+
+    `evaluate(model, data)` gives metrics, those of the test set as "test". With --resume an
+    unfinished run goes on and a complete one is kept. With --eval nothing is trained or written.
+    """
+    if args.eval:
+        confirm(model, data, config, folder, evaluate)
+        return
+    code = code_hash(model)
+    if is_complete(folder) and args.resume:
+        check_origin(read(folder / "metrics.json"), config, folder, code)
+        print(f"{folder.name}: complete", flush=True)
+        return
+    if is_complete(folder):
+        print(f"{folder}: this run will replace the one there; --resume keeps it", flush=True)
+
+    history = train_loop(model, data, config, folder, code, args.resume)
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "device": args.device.type,
+        "threads": torch.get_num_threads(),
+        "bfloat16": uses_bf16(model, args.device),
+    }
+    metrics = {
+        "config": vars(config),
+        "code": code,
+        "environment": environment,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "epochs_run": len(history),
+        "best_epoch": best_epoch(history, config),
+        "train_seconds": round(sum(row["seconds"] for row in history), 2),
+        **evaluate(model, data),
+        "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row],
+    }
+    losses = ["epoch,train_loss,val_loss"]
+    for row in history:
+        val_loss = row["val"]["loss"] if "val" in row else ""
+        losses.append(f"{row['epoch']},{row['train_loss']:.7f},{val_loss}")
+    save(folder / "losses.csv", "\n".join(losses) + "\n")
+    save(folder / "metrics.json", metrics)
+    save(folder / "model.pt", {"config": vars(config), "model": model.state_dict()})
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"{folder.name}: test {describe(metrics['test'])}", flush=True)
+
+
+def confirm(model, data, config, folder, evaluate):
+    """Ends the process where the saved weights do not have the recorded test metrics, to 1 in
+    2,000: another device may round."""
+    saved = read(folder / "metrics.json")
+    check_origin(saved, config, folder)
+    read(folder / "model.pt", model=model)
+    recorded, measured = saved.get("test", {}), evaluate(model, data)["test"]
+    for name in {**recorded, **measured}:
+        now, then = measured.get(name, math.nan), recorded.get(name, math.nan)
+        if not math.isclose(now, then, rel_tol=5e-4):
+            sys.exit(
+                f"{folder}: {name} is {now:.6g}, but metrics.json says {then:.6g}: "
+                "the weights, the code or the data are not those of that run"
+            )
+    print(f"{folder}: confirmed: {describe(measured)}", flush=True)
+
+
+# studies: many runs, then a summary ---------------------------------------------------------------
+
+RANK, WORLD_SIZE = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun numbers its processes
+    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def share_out(runs, args):
+    """Yields the runs {folder: config} that this process makes: all or, under torchrun, every
+    n-th. Runs in a sensible order, longest first, make about equal shares."""
+    if args.eval:
+        saved = {folder: config for folder, config in runs.items() if is_complete(folder)}
+        print(f"{len(saved)} of {len(runs)} runs have saved weights", flush=True)
+        if not saved:
+            sys.exit(f"no model.pt of this command below {args.out}: check its flags and --out")
+        runs = saved
+    for number, (folder, config) in enumerate(runs.items()):
+        if number % WORLD_SIZE == RANK:
+            print(f"--- {folder.name}: run {number + 1} of {len(runs)}", flush=True)
+            yield folder, config
+
+
+def read_runs(runs):
+    """The metrics of the runs {folder: config}, each with its folder's name; None until all are
+    complete. Processes do not wait for each other: the one that finds all complete goes on."""
+    complete = []
+    for folder, config in runs.items():
+        if is_complete(folder):
+            saved = read(folder / "metrics.json")
+            if saved["config"] == vars(config):
+                complete.append({"folder": folder.name, **saved})
+    same_code = len({run.get("code") for run in complete}) == 1
+    if len(complete) < len(runs) or not same_code:
+        print(f"{len(complete)} of {len(runs)} runs are complete; the last one sums them up")
+        return None
+    return complete
+
+
+def mean_std(name, values):
+    """The mean, and the sample standard deviation (None for a single value), as entries of a
+    summary's row. Both are None where a value is."""
+    if None in values:
+        return {f"{name}_mean": None, f"{name}_std": None}
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {f"{name}_mean": statistics.mean(values), f"{name}_std": std}
+
+
+def group(runs, names):
+    """The runs by setting, {values of the config's `names`: runs}, sorted."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[tuple(run["config"][name] for name in names)].append(run)
+    return dict(sorted(groups.items()))
+
+
+def summarize(runs, names):
+    """A row for each setting: the values of `names`, n, and each test metric over the seeds."""
+    summary = []
+    for setting, same in group(runs, names).items():
+        row = {**dict(zip(names, setting)), "n": len(same), "parameters": same[0]["parameters"]}
+        for metric in same[0]["test"]:
+            row |= mean_std(metric, [run["test"][metric] for run in same])
+        summary.append(row)
+    return summary
+
+
+def format_cell(row, name):
+    """A value with four significant digits, and its standard deviation with the same decimals."""
+    value = row[name]
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = f"{value:#.4g}"
+    std = row.get(name.removesuffix("_mean") + "_std")
+    if std is not None:
+        decimals = len(text.partition(".")[2])
+        text += f" ± {std:.{decimals}f}"
+    return text
+
+
+def format_table(summary):
+    """A summary as a Markdown table. Means and standard deviations share a column."""
+    columns = []
+    for name in summary[0]:
+        if not name.endswith("_std"):
+            cells = [name.removesuffix("_mean"), *(format_cell(row, name) for row in summary)]
+            width = max(len(cell) for cell in cells)
+            cells.insert(1, "-" * width)
+            columns.append([cell.ljust(width) for cell in cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*columns))
+
+
+def save_study(folder, summary, runs, figures, args):
+    """Writes a study's metrics.json, figures {name: figure} and report, and prints its table."""
+    first = runs[0]["config"]
+    varies = {name for run in runs for name in first if run["config"][name] != first[name]}
+    shared = {name: first[name] for name in first if name not in varies}
+    lines = []
+    for run in runs:
+        line = {"folder": run["folder"], **run["config"], **run}
+        names = ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")
+        lines.append({name: line[name] for name in ("folder", *sorted(varies), *names)})
+    save(folder / "metrics.json", {"config": shared, "summary": summary, "runs": lines})
+
+    table = format_table(summary)
+    pictures = [f"![{name.replace('_', ' ')}]({name}.png)" for name in figures]
+    parts = [f"# {folder.name}", f"`python {folder.name}.py {args.command}`", table, *pictures]
+    for name, figure in figures.items():
+        save(folder / f"{name}.png", figure)
+    save(folder / "README.md", "\n\n".join(parts) + "\n")
+    print(f"{table}\nfiles in {folder}", flush=True)
+
+
+# evaluation ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def knn_accuracy(index, index_labels, queries, query_labels, k=10):
+    """Share of `queries` (Q, D) whose label is the most frequent of their k nearest, by Euclidean
+    distance, in `index` (N, D)."""
+    k = min(k, len(index))
+    nearest = [torch.cdist(q, index).topk(k, largest=False).indices for q in queries.split(1000)]
+    votes = index_labels[torch.cat(nearest)].cpu().mode(1).values  # MPS has no mode
+    return (votes == query_labels.cpu()).double().mean().item()
+
+
+# figures ------------------------------------------------------------------------------------------
+
+# fmt: off
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+           "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+# Ten colours that stay apart for colour-blind readers, one a class (Petroff, arXiv:2107.02270).
+COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+          "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+# fmt: on
+
+plt.rcParams.update({"font.size": 11, "legend.frameon": False, "savefig.dpi": 130})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.bbox": "tight"})
+plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
+
 
 def one_of_each_class(split):
-    """The first image of every class, (C, 1, 28, 28), and the classes' names, broken into lines."""
-    first = torch.stack([(split.labels == label).nonzero()[0, 0] for label in split.labels.unique()])
-    names = [CLASSES[label].replace(" ", "\n").replace("/", "/\n") for label in split.labels[first].tolist()]
-    return split.images[first], names
+    """The first image of every class, (C, 1, 28, 28), and the classes' names, in short lines."""
+    classes = split.labels.unique().tolist()
+    first = [(split.labels == label).nonzero()[0, 0] for label in classes]
+    names = [CLASSES[label].replace(" ", "\n").replace("/", "/\n") for label in classes]
+    return split.images[torch.stack(first)], names
+
 
 def image_grid(rows, row_labels=None, column_labels=None, scale=0.75):
-    """A figure of images (R, C, 1, 28, 28) in [0, 1], dark on light, as R labelled rows and C labelled columns."""
+    """A figure of images (R, C, 1, 28, 28) in [0, 1] as R labelled rows and C labelled columns."""
     count, columns = rows.shape[:2]
-    figure = new_figure(scale * columns + 1.2 * bool(row_labels), scale * count + 0.3 * bool(column_labels))
-    tiles = torch.nn.functional.pad(rows.squeeze(2).cpu(), (1, 1, 1, 1))  # a pixel of background around each image
+    width = scale * columns + (1.2 if row_labels else 0)
+    height = scale * count + (0.3 if column_labels else 0)
+    figure, axes = plt.subplots(figsize=(width, height))
+    tiles = nn.functional.pad(rows.squeeze(2).cpu(), (1, 1, 1, 1))  # a pixel around each image
     picture = tiles.permute(0, 2, 1, 3).reshape(count * 30, columns * 30)
-    axes = figure.subplots()
     axes.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.spines[:].set_visible(False)
     axes.set_yticks([30 * i + 14.5 for i in range(count)], row_labels or [""] * count)

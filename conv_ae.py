@@ -1,45 +1,73 @@
-"""How does the size of the latent space trade against reconstruction in a convolutional autoencoder?
+"""How does the size of the latent space of a convolutional autoencoder trade against its error?
 
-    python conv_ae.py --epochs 16 --seeds 3 --out results/long    # 32 dimensions: 0.408 of PCA's error (n=3)
-    python conv_ae.py                                             # short runs, drawn beside the long ones
-    python conv_ae.py --latents 24 --resume                       # one more size, in the same table and figures
+    python conv_ae.py --epochs 16 --seeds 3 --out results/long   # 32: 0.408 of PCA's error (n=3)
+    python conv_ae.py                                            # a short study
 
-The autoencoder of Hinton & Salakhutdinov (2006) with convolutions, trained on the mean squared error.
+The autoencoder of Hinton & Salakhutdinov (2006) with convolutions, trained on the mean squared
+error.
 """
+
+from dataclasses import dataclass, replace
+
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
 
-# ---------------------------------------------------------------------------------------------------------------- model
+
+@dataclass(frozen=True)
+class Config(common.Config):
+    epochs: int = 6
+    batch_size: int = 64
+    lr: float = 8e-3
+    val_every: int = 3
+    latent: int = None  # one of --latents
+
+
+# model and loss -----------------------------------------------------------------------------------
+
 
 class Flatten(nn.Module):
-    """(B, C, H, W) to (B, H * W * C): the order in which channels_last memory holds them, so nothing is copied."""
+    """(B, C, H, W) to (B, H * W * C): the order of channels_last memory, so nothing is copied."""
 
     def forward(self, x):
         return x.permute(0, 2, 3, 1).flatten(1)
+
 
 class Encoder(nn.Module):
     """Images (B, 1, 28, 28) to features (B, 3200), and those to the latent vector (B, latent)."""
 
     def __init__(self, latent):
         super().__init__()
-        # Pooling first leaves a quarter of the work. With momentum 0.1 the statistics of a short run would lag.
+        # Pooling first leaves a quarter of the work. With the default momentum of 0.1 the
+        # statistics of a short run would lag.
         self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(32, momentum=0.5), nn.ReLU(),  # to 14x14
-            nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(64, momentum=0.5), nn.ReLU(),  # to 7x7
-            nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128, momentum=0.5), nn.ReLU(), Flatten())  # to 5x5, without padding
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.MaxPool2d(2),  # to 14x14
+            nn.BatchNorm2d(32, momentum=0.5),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.MaxPool2d(2),  # to 7x7
+            nn.BatchNorm2d(64, momentum=0.5),
+            nn.ReLU(),
+            nn.Conv2d(64, 128, 3),  # to 5x5
+            nn.BatchNorm2d(128, momentum=0.5),
+            nn.ReLU(),
+            Flatten(),
+        )
         self.project = nn.Linear(128 * 5 * 5, latent)
 
     def forward(self, x):
         return self.project(self.features(x))
 
+
 class Decoder(nn.Module):
     """Latent vectors (B, latent) to images (B, 1, 28, 28) in [0, 1].
 
-    Two paths lead to the 7x7 maps: the one with a hidden layer helps a small latent space (8), the linear one makes a
-    large latent space (128) learn faster.
+    Two paths lead to the 7x7 maps: the one with a hidden layer helps a small latent space (8), the
+    linear one makes a large latent space (128) learn faster.
     """
 
     def __init__(self, latent):
@@ -47,14 +75,24 @@ class Decoder(nn.Module):
         self.linear = nn.Linear(latent, 64 * 7 * 7)
         self.hidden = nn.Sequential(nn.Linear(latent, 128), nn.ReLU(), nn.Linear(128, 64 * 7 * 7))
         self.stages = nn.Sequential(
-            nn.ReLU(), nn.Unflatten(1, (64, 7, 7)),
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),  # to 14x14
-            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1), nn.Sigmoid())  # to 28x28
+            nn.ReLU(),
+            nn.Unflatten(1, (64, 7, 7)),
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),  # to 14x14
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # to 28x28
+            nn.Sigmoid(),
+        )
 
     def forward(self, z):
         return self.stages(self.linear(z) + self.hidden(z))
 
+
 class Autoencoder(nn.Module):
+    """Images (B, 1, 28, 28) in [0, 1] to latent vectors (B, latent), and back to images."""
+
+    bf16 = True  # see common.forward
+
     def __init__(self, latent):
         super().__init__()
         self.encoder = Encoder(latent)
@@ -63,143 +101,157 @@ class Autoencoder(nn.Module):
     def forward(self, x):
         return self.decoder(self.encoder(x))
 
+    def loss(self, images, labels):
+        """Mean over pixels and images of the squared error, and of the absolute error."""
+        reconstruction = common.forward(self, images)
+        mse = F.mse_loss(reconstruction, images)
+        return {"loss": mse, "mse": mse, "l1": F.l1_loss(reconstruction, images)}
+
+
 def to_device(model, device):
-    """`model` on `device`, in the memory format that convolutions are fast in; not on MPS, where before torch 2.14 the
-    gradients of a batch norm are wrong in it (github.com/pytorch/pytorch/issues/175189)."""
-    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
+    """`model` on `device`, in the memory format that convolutions are fast in. Not on MPS, where
+    before torch 2.14 batch norm's gradients are wrong in it (pytorch issue 175189)."""
+    if device.type == "mps":
+        return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)
 
-def loss_fn(model, images, labels):
-    """Mean over pixels and images of the squared error, which is the loss, and of the absolute error."""
-    reconstruction = common.forward(model, images)
-    mse = F.mse_loss(reconstruction, images)
-    return {"loss": mse, "mse": mse, "l1": F.l1_loss(reconstruction, images)}
-
-# ----------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def predict(model, images, dtype=torch.float32):
+def predict(model, images):
     """model(images) in evaluation, by chunks that fit into the cache."""
     model.eval()
-    return torch.cat([model(chunk).to(dtype) for chunk in images.split(250)])
+    return torch.cat([model(chunk) for chunk in images.split(250)])
+
+
+def load(path):
+    """The trained autoencoder of a model.pt, in evaluation mode."""
+    model = Autoencoder(common.read(path)["config"]["latent"])
+    common.read(path, model=model)
+    return model.eval()
+
+
+# evaluation ---------------------------------------------------------------------------------------
+
 
 def evaluate(model, data):
-    """The test metrics, and what the latent space keeps of the classes."""
-    index, queries = (predict(model.encoder, split.images) for split in (data.train, data.test))
-    return {"test": common.test_loop(model, loss_fn, data.test),
-            "latent_knn_accuracy": common.knn_accuracy(index, data.train.labels, queries, data.test.labels)}
+    """The test losses, and what the latent space keeps of the classes."""
+    index = predict(model.encoder, data.train.images)
+    queries = predict(model.encoder, data.test.images)
+    knn = common.knn_accuracy(index, data.train.labels, queries, data.test.labels)
+    return {"test": {**common.test_loop(model, data.test), "latent_knn_accuracy": knn}}
+
 
 def pca_errors(train, test, sizes):
-    """{size: test MSE of PCA, the best linear autoencoder (Baldi & Hornik, 1989), as it is and clamped to [0, 1]}, from
-    pixels (N, 784), by the leading eigenvectors of the training set's covariance in float64."""
+    """The test error of PCA, the best linear autoencoder (Baldi & Hornik, 1989), for each of the
+    sizes. `train` and `test` are (N, 784)."""
     train, test = train.cpu().double(), test.cpu().double()
     mean = train.mean(0)
     train -= mean  # in place: float64 images take 300 MB
-    _, vectors = torch.linalg.eigh(train.T @ train / len(train))  # ascending eigenvalues
+    _, vectors = torch.linalg.eigh(train.T @ train / len(train))  # eigenvalues ascend
     errors = {}
     for size in sizes:
-        basis = vectors[:, -min(size, vectors.shape[1]):]
+        basis = vectors[:, -min(size, vectors.shape[1]) :]
         projected = (test - mean) @ basis @ basis.T + mean
-        errors[size] = {"pca_mse": F.mse_loss(projected, test).item(),
-                        "pca_clamped_mse": F.mse_loss(projected.clamp(0, 1), test).item()}
+        errors[size] = F.mse_loss(projected, test).item()
     return errors
 
-# -------------------------------------------------------------------------------------------------------------- figures
 
-def plot_errors(studies):
-    """Test error and PCA's, and what the latent space keeps of the classes. `studies` is {epochs: summary}."""
-    figure = common.new_figure(11, 4.8)
-    errors, classes = figure.subplots(1, 2)
-    errors.set(yscale="log", ylabel="test MSE (pixels in [0, 1])")
-    errors.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-    errors.yaxis.set_major_formatter("{x:g}")
-    classes.set_ylabel("10-NN test accuracy on the latent vector")
-    rows = {row["latent"]: row for summary in studies.values() for row in summary}  # PCA is the same in all
-    sizes = sorted(rows)
-    for axes in (errors, classes):
+def summarize(runs, data):
+    """A row per latent size, over seeds, beside PCA's error and the 10-NN accuracy on pixels."""
+    train, test = data.train.images.flatten(1), data.test.images.flatten(1)
+    summary = common.summarize(runs, ["latent"])
+    pca = pca_errors(train, test, [row["latent"] for row in summary])
+    pixel_knn = common.knn_accuracy(train, data.train.labels, test, data.test.labels)
+    for row in summary:
+        row["pca_mse"] = pca[row["latent"]]
+        # With 784 dimensions PCA is exact and no ratio means anything.
+        row["ratio"] = row["mse_mean"] / row["pca_mse"] if row["latent"] < train.shape[1] else None
+        row["pixel_knn_accuracy"] = pixel_knn
+    return summary
+
+
+# figures ------------------------------------------------------------------------------------------
+
+
+def plot_errors(summary, epochs):
+    """Test error and PCA's, and what the latent space keeps of the classes, over latent size."""
+    figure, (errors, classes) = plt.subplots(1, 2, figsize=(11, 4.8))
+    sizes = [row["latent"] for row in summary]
+    label = f"autoencoder, {epochs} epochs\n(mean and std, n={summary[0]['n']})"
+    for axes, name in ((errors, "mse"), (classes, "latent_knn_accuracy")):
+        means = [row[f"{name}_mean"] for row in summary]
+        stds = [row[f"{name}_std"] or 0 for row in summary]
+        axes.errorbar(sizes, means, stds, fmt="o-", capsize=3, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, sizes)
         axes.set_xlabel("latent dimensions")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    for (epochs, summary), color, offset in zip(sorted(studies.items()), common.COLORS, (8, -18)[-len(studies):]):
-        n = "-".join(map(str, sorted({row["n"] for row in summary})))
-        for axes, name in ((errors, "mse"), (classes, "latent_knn_accuracy")):
-            axes.errorbar([row["latent"] for row in summary], [row[f"{name}_mean"] for row in summary],
-                          [row[f"{name}_std"] or 0 for row in summary],
-                          fmt="o-", capsize=3, color=color, label=f"{epochs} epochs (mean and std, n={n})")
-        for row in summary:
-            errors.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), (0, offset), color=color,
-                            textcoords="offset points", ha="center")
-    errors.plot(sizes, [rows[size]["pca_mse"] for size in sizes], "s--", color=common.COLORS[8], label="PCA")
+    gray = common.COLORS[8]
+
+    compared = [row for row in summary if row["ratio"] is not None]
+    pca = [row["pca_mse"] for row in compared]
+    errors.plot([row["latent"] for row in compared], pca, "s--", color=gray, label="PCA")
+    for row in compared:
+        below = {"xytext": (0, -18), "textcoords": "offset points", "ha": "center"}
+        errors.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), **below)
+    errors.set(yscale="log", ylabel="test MSE (pixels in [0, 1])")
+    errors.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    errors.yaxis.set_major_formatter("{x:g}")
     errors.margins(y=0.12)
     errors.legend(title="×: error relative to PCA's", alignment="left")
-    pixels = rows[sizes[0]]["pixel_knn_accuracy"]
-    classes.axhline(pixels, linestyle="--", color=common.COLORS[8], label="on the 784 pixels")
+
+    pixels = summary[0]["pixel_knn_accuracy"]
+    classes.axhline(pixels, linestyle="--", color=gray, label="on the 784 pixels")
+    classes.set_ylabel("10-NN test accuracy on the latent vector")
     classes.legend(loc="lower right")
     return figure
 
+
 @torch.no_grad()
 def plot_reconstructions(folders, data):
-    """One row per latent size, the originals on top. `folders` is {latent size: folder with the weights}."""
+    """The originals, then a row for each of the runs' `folders`."""
     images, names = common.one_of_each_class(data.test)
     rows, labels = [images], ["original"]
-    for latent, folder in sorted(folders.items()):
-        model = Autoencoder(latent).to(images.device).eval()
-        common.load(folder / "model.pt", model=model)
+    for folder in folders:
+        model = load(folder / "model.pt").to(images.device)
         rows.append(model(images))
-        labels.append(f"{latent} dimensions")
+        labels.append(f"{model.encoder.project.out_features} dimensions")
     return common.image_grid(torch.stack(rows), labels, names)
 
-# ----------------------------------------------------------------------------------------------------------------- main
 
-def summarize(runs, data):
-    """One row per latent size, over seeds (std null for one), with PCA's error and the 10-NN accuracy on pixels."""
-    sizes = sorted({run["config"]["latent"] for run in runs})
-    train, test = data.train.images.flatten(1), data.test.images.flatten(1)
-    pca = pca_errors(train, test, sizes)
-    pixel_knn_accuracy = common.knn_accuracy(train, data.train.labels, test, data.test.labels)
-    summary = []
-    for size in sizes:
-        same = [run for run in runs if run["config"]["latent"] == size]
-        row = {"latent": size, "n": len(same), "parameters": same[0]["parameters"], **pca[size],
-               "pixel_knn_accuracy": pixel_knn_accuracy}
-        for name in ("mse", "l1", "latent_knn_accuracy"):
-            values = [{**run, **run["test"]}[name] for run in same]
-            row[f"{name}_mean"], row[f"{name}_std"] = common.mean_std(values)
-        summary.append({**row, "ratio": row["mse_mean"] / row["pca_mse"]})
-    return summary
-
-@common.cli()
 def main(argv=None):
-    parser = common.make_parser(__doc__, epochs=6, batch_size=64, lr=8e-3, patience=0, val_every=3)
-    parser.add_argument("--latents", type=common.number(int, 1, 4096), nargs="+", default=[2, 4, 8, 16, 32, 64, 128],
-                        metavar="SIZE", help="latent dimensions (default: %(default)s)")
-    parser.add_argument("--seeds", type=common.number(int, 1, 1000), default=1, metavar="N",
-                        help="runs of each size, with seeds from --seed on (default: %(default)s)")
-    args = common.parse_args(parser, argv, "conv_ae")
+    parser = common.make_parser(__doc__, Config)
+    kind, default = common.number(int, 1, 4096), [2, 4, 8, 16, 32, 64, 128]
+    text = "latent dimensions, runs of each (default: %(default)s)"
+    parser.add_argument("--latents", type=kind, nargs="+", default=default, metavar="N", help=text)
+    args = common.parse_args(parser, Config, argv)
     data = common.load_data(args.data, args.device)
-    runs = {f"latent{latent:03d}-seed{seed}": {"latent": latent, "seed": seed}
-            for seed in range(args.seed, args.seed + args.seeds) for latent in args.latents}
-    del args.latents, args.seeds  # what is left is the same for all runs
+    study = args.out / "conv_ae"
+    runs = {}
+    for latent in sorted(args.latents, reverse=True):  # the longest first
+        for seed in args.seeds:
+            config = replace(args.config, latent=latent, seed=seed)
+            runs[study / f"latent{latent:03d}-seed{seed}"] = config
+    for folder, config in common.share_out(runs, args):
+        torch.manual_seed(config.seed)
+        model = to_device(Autoencoder(config.latent), args.device)
+        common.run(model, data, config, args, folder, evaluate)
+    if args.eval:
+        return
 
-    def train(args, model):
-        common.run(args, model, loss_fn, data, evaluate=lambda model: evaluate(model, data))
+    metrics = common.read_runs(runs)
+    if metrics is None:
+        return
+    summary = summarize(metrics, data)
+    first = {run["config"]["latent"]: run for run in reversed(metrics)}  # of the first seed
+    folders = [study / first[row["latent"]]["folder"] for row in summary]
+    figures = {
+        "latent_vs_error": plot_errors(summary, args.epochs),
+        "reconstructions": plot_reconstructions(folders, data),
+    }
+    common.save_study(study, summary, metrics, figures, args)
 
-    def plot(runs):
-        summary = summarize(runs, data)
-        studies, longer = {args.epochs: summary}, args.out / "long" / "conv_ae" / "metrics.json"
-        if longer.exists():  # what the same command with more --epochs wrote, for comparison
-            other = common.load(longer)
-            studies = {other["config"]["epochs"]: other["summary"], **studies}
-        figures = {"latent_vs_error.png": plot_errors(studies)}
-        folders = {run["config"]["latent"]: args.folder / run["folder"] for run in reversed(runs)}  # the first seed's
-        if missing := [folder.name for folder in folders.values() if not (folder / "model.pt").exists()]:
-            print(f"reconstructions.png is left as it was: no model.pt in {', '.join(missing)}")
-        else:
-            figures["reconstructions.png"] = plot_reconstructions(folders, data)
-        return summary, figures
-
-    common.study(args, runs, lambda args: to_device(Autoencoder(args.latent), args.device), train, plot)
 
 if __name__ == "__main__":
-    main()
+    common.cli(main)
