@@ -85,16 +85,13 @@ class Classifier(nn.Module):
             images = self.augment(images)
             smoothing = self.label_smoothing
         logits = common.forward(self, images)
-        return {
-            "loss": F.cross_entropy(logits, labels, label_smoothing=smoothing),
-            "accuracy": (logits.argmax(1) == labels).float().mean(),
-        }
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
     def augment(self, images):
         """Flips each image with probability 1/2. Shifts the batch by up to a pixel each way, with
-        probability `shift`. Fills a rectangle with noise, its sides up to half the image's, in
-        each image with probability `erase` (random erasing, Zhong et al., 2020,
-        arXiv:1708.04896)."""
+        probability `shift`. Fills a rectangle of up to half the sides with noise, in each image
+        with probability `erase` (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
         count, device = len(images), images.device
         flip = torch.rand(count, 1, 1, 1, device=device) < 0.5
         images = torch.where(flip, images.flip(3), images)
@@ -145,23 +142,20 @@ def labelled(split, count, seed):
 
 
 def load_encoders(args):
-    """The autoencoders' encoders, {seed: encoder}, and hashes of the weights that a classifier
-    takes from them, {seed: text}. --eval needs none: runs without saved weights are left out."""
+    """The autoencoders' encoders {seed: encoder}, and hashes {seed: text} of the weights that a
+    classifier takes from them. --eval needs none: runs without saved weights are left out."""
     encoders, hashes = {}, {}
     for seed in args.seeds:
         folder = args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}"
         path = args.encoder or folder / "model.pt"
         if not path.exists() and not args.eval:
-            sys.exit(
-                f"there is no {path}: `python conv_ae.py --latents {args.latent} "
-                f"--seed {args.seed} --seeds {len(args.seeds)} --out {args.out}` makes it"
-            )
+            flags = f"--latents {args.latent} --seed {seed} --seeds 1 --out {args.out}"
+            sys.exit(f"there is no {path}: `python conv_ae.py {flags}` makes it")
         if path.exists():
             encoders[seed] = conv_ae.load(path).encoder
-            digest = hashlib.sha256()
-            for tensor in encoders[seed].features.state_dict().values():
-                digest.update(tensor.numpy().tobytes())
-            hashes[seed] = digest.hexdigest()[:16]
+            weights = encoders[seed].features.state_dict().values()
+            text = b"".join(tensor.numpy().tobytes() for tensor in weights)
+            hashes[seed] = hashlib.sha256(text).hexdigest()[:16]
     return encoders, hashes
 
 
@@ -171,25 +165,8 @@ def load_encoders(args):
 def evaluate(model, data):
     """The test loss and accuracy, and the confusion matrix: a row for each true class."""
     predicted = conv_ae.predict(model, data.test.images).argmax(1)
-    pairs = 10 * data.test.labels + predicted
-    return {
-        "test": common.test_loop(model, data.test),
-        "confusion": torch.bincount(pairs, minlength=100).view(10, 10).tolist(),
-    }
-
-
-def best_run(runs, summary):
-    """The first run of the best strategy: of the most labels, then best in validation."""
-    best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
-    return common.group(runs, ["labels", "strategy"])[best["labels"], best["strategy"]][0]
-
-
-def accuracy_at(run, epoch):
-    """Validation accuracy after an epoch, or None."""
-    for row in run["validation"]:
-        if row["epoch"] == epoch:
-            return row["accuracy"]
-    return None
+    pairs = torch.bincount(10 * data.test.labels + predicted, minlength=100)
+    return {"test": common.test_loop(model, data.test), "confusion": pairs.view(10, 10).tolist()}
 
 
 def summarize(runs):
@@ -199,15 +176,15 @@ def summarize(runs):
     groups = common.group(runs, ["labels", "strategy"])
     for row in summary:
         same = groups[row["labels"], row["strategy"]]
-        kept = [accuracy_at(run, run["best_epoch"]) for run in same]
+        checks = [{val["epoch"]: val["accuracy"] for val in run["validation"]} for run in same]
+        kept = [check[run["best_epoch"]] for check, run in zip(checks, same)]
         row |= common.mean_std("val_accuracy", kept)
-        first = [accuracy_at(run, 1) for run in same]
-        row |= common.mean_std("val_accuracy_first_epoch", first)
-        gains = [None]
-        if (row["labels"], "scratch") in groups:  # of the same seeds in the same order
-            pairs = zip(same, groups[row["labels"], "scratch"], strict=True)
+        row |= common.mean_std("val_accuracy_first_epoch", [check.get(1) for check in checks])
+        row["minus_scratch_mean"] = row["minus_scratch_std"] = None
+        if row["strategy"] != "scratch" and (row["labels"], "scratch") in groups:
+            pairs = zip(same, groups[row["labels"], "scratch"])  # the same seeds in the same order
             gains = [run["test"]["accuracy"] - base["test"]["accuracy"] for run, base in pairs]
-        row |= common.mean_std("minus_scratch", gains)
+            row |= common.mean_std("minus_scratch", gains)
     return summary
 
 
@@ -216,14 +193,14 @@ def summarize(runs):
 
 def plot_learning_curves(runs):
     """Validation accuracy by epoch, a panel per label count: mean and one std over seeds."""
-    cells = common.group(runs, ["labels", "strategy"])
-    counts = sorted({labels for labels, _ in cells})
+    groups = common.group(runs, ["labels", "strategy"])
+    counts = sorted({labels for labels, _ in groups})
     size = (max(6, 3.6 * len(counts)), 4)
     figure, panels = plt.subplots(1, len(counts), figsize=size, squeeze=False)
     for labels, axes in zip(counts, panels[0]):
         for strategy, (line, color) in STYLE.items():
             accuracies = defaultdict(list)  # by epoch; a run that stopped early is in up to its end
-            for run in cells.get((labels, strategy), []):
+            for run in groups.get((labels, strategy), []):
                 for check in run["validation"]:
                     accuracies[check["epoch"]].append(check["accuracy"])
             points = [common.mean_std("y", values) for values in accuracies.values()]
@@ -239,7 +216,11 @@ def plot_learning_curves(runs):
     return figure
 
 
-def plot_confusion(run):
+def plot_confusion(runs, summary):
+    """The test set's confusions in the first run of the best strategy: best in validation, of
+    those with the most labels."""
+    best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
+    run = common.group(runs, ["labels", "strategy"])[best["labels"], best["strategy"]][0]
     figure, axes = plt.subplots(figsize=(8, 7.2))
     counts = torch.tensor(run["confusion"])
     axes.imshow(counts.sqrt().numpy(), cmap="Blues")  # the root, so that rare confusions show
@@ -271,6 +252,7 @@ def main(argv=None):
     encoders, hashes = {}, {}
     if args.strategies != ["scratch"]:
         encoders, hashes = load_encoders(args)
+
     data = common.load_data(args.data, args.device)
     study = args.out / "classifier"
     runs = {}
@@ -300,7 +282,7 @@ def main(argv=None):
     summary = summarize(metrics)
     figures = {
         "learning_curves": plot_learning_curves(metrics),
-        "confusion_matrix": plot_confusion(best_run(metrics, summary)),
+        "confusion_matrix": plot_confusion(metrics, summary),
     }
     common.save_study(study, summary, metrics, figures, args)
 

@@ -31,7 +31,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torch import nn
 
 # hyperparameters and flags ------------------------------------------------------------------------
 
@@ -44,7 +43,7 @@ def option(default, help, low, high=1_000_000):
 @dataclass(frozen=True)
 class Config:
     """All that decides what a run computes: recorded, and compared by --resume and --eval.
-    An `option` is also a flag. Other fields are set by the script."""
+    An `option` is a flag too. The script sets the other fields."""
 
     epochs: int = option(16, "epochs at most", low=1, high=99_999)
     batch_size: int = option(128, "images in a step", low=1)
@@ -82,12 +81,10 @@ def number(kind, low, high):
     return parse
 
 
-def make_parser(description, config_class):
+def make_parser(doc, config_class):
     """A flag for each hyperparameter, and those that all scripts share."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=raw, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     for item, about in options(config_class):
         flag = "--" + item.name.replace("_", "-")
@@ -174,10 +171,8 @@ def read_genuine(path):
     except (OSError, EOFError, zlib.error):
         content = b""
     if hashlib.sha256(content).hexdigest() != SHA256[path.name.removesuffix(".gz")]:
-        sys.exit(
-            f"{path} is damaged or of another dataset (its SHA-256 differs): "
-            "put the genuine files into DIR/FashionMNIST/raw and give --data DIR"
-        )
+        advice = "put the genuine file into DIR/FashionMNIST/raw and give --data DIR"
+        sys.exit(f"{path} is damaged or of another dataset (its SHA-256 differs): {advice}")
     return content
 
 
@@ -192,10 +187,8 @@ def fetch(raw, names):
             try:
                 source = Path(FashionMNIST(temporary, download=True).raw_folder)
             except Exception as error:  # of urllib, http, zlib, torchvision: a dozen types
-                sys.exit(
-                    f"no {names[0]} in {raw} and no download ({one_line(error)}): go online, or "
-                    "`apt-get install dataset-fashion-mnist`, or give --data the dataset's folder"
-                )
+                advice = "go online, put it there or `apt-get install dataset-fashion-mnist`"
+                sys.exit(f"no {raw / names[0]} and no download ({one_line(error)}): {advice}")
         print(f"data: unpacking {source}", flush=True)
         for name in names:
             save(raw / name, read_genuine(source / f"{name}.gz"))
@@ -226,12 +219,12 @@ def load_data(folder, device):
     return Data(train, val, test)
 
 
-# training -----------------------------------------------------------------------------------------
+# training and evaluation --------------------------------------------------------------------------
 
 
 def uses_bf16(model, device):
-    """Whether `model` trains in bfloat16: its class says `bf16 = True`, and the device reports
-    that it is faster in it than in float32."""
+    """Whether `model` trains in bfloat16: its class says so, by `bf16 = True`, and the device
+    reports that it is fast in it."""
     fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -291,11 +284,9 @@ def test_loop(model, split, batch_size=250):
 
 
 def train_loop(model, data, config, folder, code, resume):
-    """Trains `model` and leaves it at its best weights. Returns the history, a row an epoch.
-
+    """Trains `model`, leaves it at its best weights and returns the history, a row an epoch.
     Validated and kept is the exponential moving average (EMA) of the weights (Polyak & Juditsky,
-    1992), which is less noisy. `folder` holds the state after the last epoch, in checkpoint.pt.
-    """
+    1992), which is less noisy. `folder` gets the state after each epoch, in checkpoint.pt."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -354,14 +345,12 @@ def print_epoch(name, history, config):
     losses = {"train": row["train_loss"], **row.get("val", {})}
     if not all(math.isfinite(loss) for loss in losses.values()):
         sys.exit(f"{name}: the loss is not finite in epoch {row['epoch']}: try a lower --lr")
-    val = f"  val {describe(row['val'])}" if "val" in row else ""
+    line = f"{name}  epoch {row['epoch']:3d}/{config.epochs}  train {row['train_loss']:.5f}"
+    if "val" in row:
+        line += f"  val {describe(row['val'])}"
     pace = statistics.mean(row["seconds"] for row in history)
     minutes, seconds = divmod(round(pace * (config.epochs - row["epoch"])), 60)
-    print(
-        f"{name}  epoch {row['epoch']:3d}/{config.epochs}  train {row['train_loss']:.5f}{val}"
-        f"  {row['seconds']:.2f} s, {minutes}m{seconds:02d}s left",
-        flush=True,
-    )
+    print(f"{line}  {row['seconds']:.2f} s, {minutes}m{seconds:02d}s left", flush=True)
 
 
 def load_checkpoint(folder, state, config, code):
@@ -378,6 +367,16 @@ def load_checkpoint(folder, state, config, code):
             values[name] = torch.empty_like(parameter).copy_(values[name])
     print(f"{folder.name}: goes on after epoch {len(history)}", flush=True)
     return history
+
+
+@torch.no_grad()
+def knn_accuracy(index, index_labels, queries, query_labels, k=10):
+    """Share of `queries` (Q, D) whose label is the most frequent of their k nearest, by Euclidean
+    distance, in `index` (N, D)."""
+    k = min(k, len(index))
+    nearest = [torch.cdist(q, index).topk(k, largest=False).indices for q in queries.split(1000)]
+    votes = index_labels[torch.cat(nearest)].cpu().mode(1).values  # MPS has no mode
+    return (votes == query_labels.cpu()).double().mean().item()
 
 
 # runs on disk -------------------------------------------------------------------------------------
@@ -412,8 +411,8 @@ def save(path, content):
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or error
-        sys.exit(f"{path} can't be written ({reason}): make space there, or give another folder")
+        advice = "make space there, or give another folder"
+        sys.exit(f"{path} can't be written ({error.strerror}): {advice}")
 
 
 def read(path, **parts):
@@ -427,7 +426,7 @@ def read(path, **parts):
         for name, part in parts.items():
             part.load_state_dict(content[name])
         return {**content, "config": dict(content["config"])}
-    except Exception as error:  # absent, damaged, other shapes, a pickle with code: a dozen types
+    except Exception as error:  # absent, damaged, other shapes, a pickle with code
         sys.exit(f"{path} can't be used ({one_line(error)}): restore it, or give another --out")
 
 
@@ -438,10 +437,8 @@ def check_origin(saved, config, path, code=None):
         own, then = {**own, "code": code}, {**then, "code": saved.get("code")}
     for name in {**own, **then}:
         if own.get(name) != then.get(name):
-            sys.exit(
-                f"{path} was made with {name} {then.get(name)}, not {own.get(name)}: "
-                "give the flags and the code of that run, or another --out"
-            )
+            advice = "give the flags and the code of that run, or another --out"
+            sys.exit(f"{path} was made with {name} {then.get(name)}, not {own.get(name)}: {advice}")
 
 
 @functools.cache  # a file that is edited during a study does not change what the study runs
@@ -467,34 +464,31 @@ def is_complete(folder):
 
 def run(model, data, config, args, folder, evaluate):
     """Trains `model`, evaluates it, and writes losses.csv, metrics.json and model.pt to `folder`.
-
     `evaluate(model, data)` gives metrics, those of the test set as "test". With --resume an
-    unfinished run goes on and a complete one is kept. With --eval nothing is trained or written.
-    """
+    unfinished run goes on and a complete one is kept. --eval trains and writes nothing."""
     if args.eval:
         confirm(model, data, config, folder, evaluate)
         return
     code = code_hash(model)
-    if is_complete(folder) and args.resume:
-        check_origin(read(folder / "metrics.json"), config, folder, code)
-        print(f"{folder.name}: complete", flush=True)
-        return
     if is_complete(folder):
+        if args.resume:
+            check_origin(read(folder / "metrics.json"), config, folder, code)
+            print(f"{folder.name}: complete", flush=True)
+            return
         print(f"{folder}: this run will replace the one there; --resume keeps it", flush=True)
 
     history = train_loop(model, data, config, folder, code, args.resume)
-    environment = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "device": args.device.type,
-        "threads": torch.get_num_threads(),
-        "bfloat16": uses_bf16(model, args.device),
-    }
     metrics = {
         "config": vars(config),
         "code": code,
-        "environment": environment,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version("torchvision"),
+            "device": args.device.type,
+            "threads": torch.get_num_threads(),
+            "bfloat16": uses_bf16(model, args.device),
+        },
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs_run": len(history),
         "best_epoch": best_epoch(history, config),
@@ -523,10 +517,8 @@ def confirm(model, data, config, folder, evaluate):
     for name in {**recorded, **measured}:
         now, then = measured.get(name, math.nan), recorded.get(name, math.nan)
         if not math.isclose(now, then, rel_tol=5e-4):
-            sys.exit(
-                f"{folder}: {name} is {now:.6g}, but metrics.json says {then:.6g}: "
-                "the weights, the code or the data are not those of that run"
-            )
+            reason = "the weights, the code or the data are not those of that run"
+            sys.exit(f"{folder}: {name} is {now:.6g}, not {then:.6g} as recorded: {reason}")
     print(f"{folder}: confirmed: {describe(measured)}", flush=True)
 
 
@@ -541,11 +533,9 @@ def share_out(runs, args):
     """Yields the runs {folder: config} that this process makes: all or, under torchrun, every
     n-th. Runs in a sensible order, longest first, make about equal shares."""
     if args.eval:
-        saved = {folder: config for folder, config in runs.items() if is_complete(folder)}
-        print(f"{len(saved)} of {len(runs)} runs have saved weights", flush=True)
-        if not saved:
+        runs = {folder: config for folder, config in runs.items() if is_complete(folder)}
+        if not runs:
             sys.exit(f"no model.pt of this command below {args.out}: check its flags and --out")
-        runs = saved
     for number, (folder, config) in enumerate(runs.items()):
         if number % WORLD_SIZE == RANK:
             print(f"--- {folder.name}: run {number + 1} of {len(runs)}", flush=True)
@@ -557,12 +547,11 @@ def read_runs(runs):
     complete. Processes do not wait for each other: the one that finds all complete goes on."""
     complete = []
     for folder, config in runs.items():
-        if is_complete(folder):
-            saved = read(folder / "metrics.json")
-            if saved["config"] == vars(config):
-                complete.append({"folder": folder.name, **saved})
-    same_code = len({run.get("code") for run in complete}) == 1
-    if len(complete) < len(runs) or not same_code:
+        saved = read(folder / "metrics.json") if is_complete(folder) else {}
+        if saved.get("config") == vars(config):
+            complete.append({"folder": folder.name, **saved})
+    codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
+    if len(complete) < len(runs) or len(codes) > 1:
         print(f"{len(complete)} of {len(runs)} runs are complete; the last one sums them up")
         return None
     return complete
@@ -626,13 +615,13 @@ def format_table(summary):
 def save_study(folder, summary, runs, figures, args):
     """Writes a study's metrics.json, figures {name: figure} and report, and prints its table."""
     first = runs[0]["config"]
-    varies = {name for run in runs for name in first if run["config"][name] != first[name]}
-    shared = {name: first[name] for name in first if name not in varies}
+    varies = [name for name in first if any(run["config"][name] != first[name] for run in runs)]
+    shared = {name: value for name, value in first.items() if name not in varies}
     lines = []
     for run in runs:
-        line = {"folder": run["folder"], **run["config"], **run}
         names = ("parameters", "epochs_run", "best_epoch", "train_seconds", "test")
-        lines.append({name: line[name] for name in ("folder", *sorted(varies), *names)})
+        own = {name: run["config"][name] for name in varies}
+        lines.append({"folder": run["folder"], **own, **{name: run[name] for name in names}})
     save(folder / "metrics.json", {"config": shared, "summary": summary, "runs": lines})
 
     table = format_table(summary)
@@ -642,19 +631,6 @@ def save_study(folder, summary, runs, figures, args):
         save(folder / f"{name}.png", figure)
     save(folder / "README.md", "\n\n".join(parts) + "\n")
     print(f"{table}\nfiles in {folder}", flush=True)
-
-
-# evaluation ---------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def knn_accuracy(index, index_labels, queries, query_labels, k=10):
-    """Share of `queries` (Q, D) whose label is the most frequent of their k nearest, by Euclidean
-    distance, in `index` (N, D)."""
-    k = min(k, len(index))
-    nearest = [torch.cdist(q, index).topk(k, largest=False).indices for q in queries.split(1000)]
-    votes = index_labels[torch.cat(nearest)].cpu().mode(1).values  # MPS has no mode
-    return (votes == query_labels.cpu()).double().mean().item()
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -687,7 +663,9 @@ def image_grid(rows, row_labels=None, column_labels=None, scale=0.75):
     width = scale * columns + (1.2 if row_labels else 0)
     height = scale * count + (0.3 if column_labels else 0)
     figure, axes = plt.subplots(figsize=(width, height))
-    tiles = nn.functional.pad(rows.squeeze(2).cpu(), (1, 1, 1, 1))  # a pixel around each image
+    tiles = torch.nn.functional.pad(
+        rows.squeeze(2).cpu(), (1, 1, 1, 1)
+    )  # a pixel around each image
     picture = tiles.permute(0, 2, 1, 3).reshape(count * 30, columns * 30)
     axes.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.spines[:].set_visible(False)

@@ -1,10 +1,7 @@
-"""What does the 8-dimensional latent space of a fully connected VAE look like, and how well does it
-reconstruct?
+"""What does the 8-dimensional latent space of a fully connected VAE (Kingma & Welling, 2014,
+arXiv:1312.6114) look like, and how well does it reconstruct?
 
     python vae.py --epochs 200        # test loss 0.0745 (mean of n=5 seeds)
-
-The variational autoencoder of Kingma & Welling (2014, arXiv:1312.6114), with an L1 reconstruction
-loss.
 """
 
 import base64
@@ -176,7 +173,8 @@ def plot_latent_pairs(mu, labels, dimensions, prototypes):
                 axes.set_ylabel(f"$\\mu_{{{y + 1}}}$")
     names = [f"{label}  {name}" for label, name in enumerate(common.CLASSES)]
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in common.COLORS]
-    figure.legend(dots, names, loc="outside right upper", title="class and its prototype")
+    place = "upper right" if size > 4 else "outside right upper"
+    figure.legend(dots, names, loc=place, title="class and its prototype")
     return figure
 
 
@@ -199,7 +197,7 @@ def explorer(model, mu, prototypes, examples):
     an example image of each class. None where the page can't compute a layer of the decoder."""
     layers, weights = [], []
     for layer in model.decoder:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
             weights += [layer.weight.flatten(), layer.bias]
             layers.append({"name": "Linear", "outputs": layer.out_features})
         elif isinstance(layer, nn.LeakyReLU | nn.ReLU):
@@ -211,9 +209,8 @@ def explorer(model, mu, prototypes, examples):
             return None
     low = mu.quantile(0.001, 0).clamp(max=-4).tolist()  # at least what the prior draws
     high = mu.quantile(0.999, 0).clamp(min=4).tolist()
-    histograms = []
-    for column, start, end in zip(mu.T, low, high):
-        histograms.append(torch.histc(column, 40, start, end).tolist())
+    ranges = zip(mu.T, low, high)
+    histograms = [torch.histc(column, 40, start, end).tolist() for column, start, end in ranges]
     classes = {}
     for name, prototype, image in zip(common.CLASSES, prototypes, examples):
         classes[name] = {
@@ -236,30 +233,26 @@ def explorer(model, mu, prototypes, examples):
 @torch.no_grad()
 def plot(model, data, run, folder):
     """The figures {name: figure} of a run and, in `folder`, explorer.html."""
+    mu, logvar = model.encode(data.test.images)
+    largest = model.kl(mu, logvar).mean(0).argsort(descending=True)[:8].sort().values.tolist()
+    train_mu, _ = model.encode(data.train.images)
+    # A prototype is the mean of mu over the training images of a class (as in Snell et al., 2017).
+    prototypes = torch.stack([train_mu[data.train.labels == label].mean(0) for label in range(10)])
     originals, names = common.one_of_each_class(data.test)
     decoded = model.decode(model.encode(originals)[0])
-    mu, logvar = model.encode(data.test.images)
-    # A prototype is the mean of mu over the training images of a class (as in Snell et al., 2017).
-    train_mu, _ = model.encode(data.train.images)
-    prototypes = torch.stack([train_mu[data.train.labels == label].mean(0) for label in range(10)])
+    rows = torch.stack([originals, decoded, model.decode(prototypes)])
+    row_names = ["original", "decoded mu", "decoded\nprototype"]
     noise = torch.randn(50, mu.shape[1], generator=torch.Generator().manual_seed(0))
     samples = model.decode(noise.to(mu.device)).view(5, 10, 1, 28, 28)
-    kl = model.kl(mu, logvar).mean(0)
-    largest = kl.argsort(descending=True)[:8].sort().values.tolist()
 
-    page = explorer(model, mu.cpu(), prototypes, originals)
+    mu, labels = mu.cpu(), data.test.labels.cpu()
+    page = explorer(model, mu, prototypes, originals)
     if page is not None:
         common.save(folder / "explorer.html", page)
     return {
         "losses": plot_losses(folder / run["folder"] / "losses.csv", run["best_epoch"]),
-        "reconstructions": common.image_grid(
-            torch.stack([originals, decoded, model.decode(prototypes)]),
-            ["original", "decoded mu", "decoded\nprototype"],
-            names,
-        ),
-        "latent_pairs": plot_latent_pairs(
-            mu.cpu(), data.test.labels.cpu(), largest, prototypes.cpu()
-        ),
+        "reconstructions": common.image_grid(rows, row_names, names),
+        "latent_pairs": plot_latent_pairs(mu, labels, largest, prototypes.cpu()),
         "interpolations": plot_interpolations(model, prototypes),
         "samples": common.image_grid(samples),
     }
