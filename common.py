@@ -59,13 +59,15 @@ class Config:
 
 
 def options(config_class):
-    """The fields that are flags, each with its metadata. A script's Config that changes a default
-    of common.Config keeps its help and bounds."""
-    inherited = {item.name: item.metadata for item in dataclasses.fields(Config)}
-    for item in dataclasses.fields(config_class):
-        about = item.metadata or inherited.get(item.name)
-        if about:
-            yield item, about
+    """The fields that are flags, each with its metadata. A subclass that changes a default keeps
+    the help and the bounds."""
+    about = {}
+    for base in reversed(config_class.__mro__[:-1]):  # from Config on; the last is object
+        for item in dataclasses.fields(base):
+            about[item.name] = item.metadata or about.get(item.name)
+    return [
+        (item, about[item.name]) for item in dataclasses.fields(config_class) if about[item.name]
+    ]
 
 
 def number(kind, low, high):
@@ -552,7 +554,7 @@ def read_runs(runs):
             complete.append({"folder": folder.name, **saved})
     codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
     if len(complete) < len(runs) or len(codes) > 1:
-        print(f"{len(complete)} of {len(runs)} runs are complete; the last one sums them up")
+        print(f"{len(complete)} of {len(runs)} runs are complete: the last one brings the summary")
         return None
     return complete
 
