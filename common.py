@@ -594,7 +594,7 @@ def format_cell(row, name):
         return value or ""
     if isinstance(value, int):
         return f"{value:,}"
-    text = f"{value:#.4g}"
+    text = f"{value:#.4g}" if name.endswith("_mean") else f"{value:.4g}"
     std = row.get(name.removesuffix("_mean") + "_std")
     if std is not None:
         decimals = len(text.partition(".")[2])
