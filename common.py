@@ -362,11 +362,11 @@ def load_checkpoint(folder, state, config, code):
         return []
     check_origin(read(path), config, path, code)
     history = read(path, **state)["history"]
-    # Fused AdamW needs the moments in the parameters' memory layout, which that of a checkpoint
-    # from another device may not be.
-    for parameter, values in state["optimizer"].state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            values[name] = torch.empty_like(parameter).copy_(values[name])
+    # Fused AdamW needs its moments in the parameter's memory layout: another device has another.
+    for parameter, moments in state["optimizer"].state.items():
+        for name, moment in moments.items():
+            if moment.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(moment)
     print(f"{folder.name}: goes on after epoch {len(history)}", flush=True)
     return history
 

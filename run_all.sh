@@ -1,83 +1,109 @@
 #!/usr/bin/env bash
-# Everything, from a fresh machine: the environment, the data, the scripts. Arguments go to every script:
-#   bash run_all.sh --epochs 1 --out quick    # a quick look, beside the reference results
+# The environment, the data, then the three scripts. See: bash run_all.sh --help
 set -euo pipefail
-cd "$(dirname "$0")"
+here=$(dirname "$0") # no cd: relative --data and --out mean the caller's folder
 
-# Whether a python has the packages of requirements.txt, in the versions asked for there.
+for argument in "$@"; do
+  if [ "$argument" = --help ] || [ "$argument" = -h ]; then
+    cat <<'HELP'
+usage: bash run_all.sh [ARGUMENT ...]
+
+Trains everything: vae.py, conv_ae.py, classifier.py. Takes about half an hour on two cores.
+Where the active Python lacks the packages of requirements.txt, they are installed into .venv
+beside this file. Where the dataset is missing, it is downloaded or installed. The arguments go
+to all three scripts, so they must be flags that all three have:
+
+  bash run_all.sh                           the reference runs, into results/ in this folder
+  bash run_all.sh --resume                  goes on where that stopped
+  bash run_all.sh --epochs 1 --out quick    a quick look
+HELP
+    exit
+  fi
+done
+
+# Whether a Python has the packages of requirements.txt, in the versions asked for there.
 has_packages() {
-  "$1" - 2>/dev/null <<'CHECK'
-import importlib.metadata, re
-for line in open("requirements.txt"):
+  "$1" - "$here/requirements.txt" 2>/dev/null <<'CHECK'
+import re, sys
+from importlib.metadata import version
+
+for line in open(sys.argv[1]):
     name, _, least = line.strip().partition(">=")
     if least:
-        have, need = ([int(n) for n in re.findall(r"\d+", text)[:2]] for text in (importlib.metadata.version(name), least))
-        assert have >= need
+        have, need = ([int(n) for n in re.findall(r"\d+", text)] for text in (version(name), least))
+        if have < need:
+            sys.exit(1)
 CHECK
 }
 
-# The environment: the active one where it has the packages, else .venv.
-for python in python python3 .venv/bin/python none; do
+venv=$here/.venv
+for python in python python3 "$venv/bin/python" none; do
   if has_packages "$python"; then break; fi
 done
 if [ "$python" = none ]; then
-  echo "installing requirements.txt into .venv (several GB, once)"
-  python=.venv/bin/python
-  python3 -m venv .venv 2>/dev/null || python3 -m venv --clear .venv  # --clear: the Python of an older .venv is gone
-  "$python" -m pip install --quiet --upgrade -r requirements.txt
+  python=$venv/bin/python
+  echo "installing requirements.txt into $venv (several GB, once)"
+  # --clear: a .venv may be there whose Python is gone.
+  "$python" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
+  "$python" -m pip install --quiet -r "$here/requirements.txt"
 fi
 
-# The data: what --data names, an installed Debian package, torchvision's download; else that package is installed.
-data=data
-for ((i = 1; i <= $#; i++)); do
-  case "${!i}" in
-    --data) j=$((i + 1)); data=${!j:-data} ;;
-    --data=*) data=${!i#--data=} ;;
-  esac
-done
+# The flags are checked and the data is fetched now, not by three scripts and their processes.
 status=0
-"$python" - "$data" <<'PROBE' || status=$?
-import pathlib, sys, torch, common
-data = pathlib.Path(sys.argv[1])
+"$python" - "$here" "$@" <<'CHECK' || status=$?
+import sys
+
+sys.path[0] = sys.argv.pop(1)
+import common
+
+parser = common.make_parser("", common.Config)
+parser.prog = "run_all.sh"
+args = common.parse_args(parser, common.Config, None)
 try:
-    common.load_data(data, torch.device("cpu"))
-except common.RunError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(3 if any(common.find_file(name, data) is None for name in common.FILES) else 1)
-PROBE
+    common.load_data(args.data, args.device)
+except SystemExit as error:
+    print(error, file=sys.stderr)
+    # Only where the download failed, the message advises to install Debian's package.
+    sys.exit(3 if "apt-get" in str(error) else 1)
+CHECK
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi
+}
 if [ "$status" -eq 3 ]; then
-  sudo=""
-  [ "$(id -u)" -eq 0 ] || sudo="sudo -n"
-  if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
-    echo "the dataset was not found: installing the Debian package dataset-fashion-mnist"
-    $sudo apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || {
-      $sudo apt-get update -qq
-      $sudo apt-get install -y -qq dataset-fashion-mnist >/dev/null
-    }
-  else
-    exit 1
-  fi
+  as_root apt-get --version >/dev/null 2>&1 || exit 1
+  echo "installing the Debian package dataset-fashion-mnist"
+  as_root apt-get update -qq || true # one broken source of several does not matter
+  as_root apt-get install -y -qq dataset-fashion-mnist >/dev/null || exit 1
 elif [ "$status" -ne 0 ]; then
   exit "$status"
 fi
 
-# glibc would give the memory of each step back to the system and fault it in again: up to a tenth of the time.
+# glibc would give the memory of each step back to the system and fault it in again: up to a tenth
+# of the time.
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
-echo "=== vae.py"
-"$python" vae.py "$@"
-
-# The studies: one process per GPU, else one per core, at most four. A process with one thread is the most efficient:
-# on two cores two of them get a third more done than one process with two threads.
-read -r ranks threads < <("$python" -c 'import torch
+# The studies run in one process per GPU, else one per core, at most four. A process with one
+# thread is the most efficient: on two cores two of them get a third more done than one process
+# with two threads.
+read -r processes threads < <("$python" -c 'import torch
 threads = torch.get_num_threads()
-ranks = torch.cuda.device_count() or (1 if torch.backends.mps.is_available() else min(threads, 4))
-print(ranks, max(1, threads // ranks))')
-for script in conv_ae.py classifier.py; do
-  echo "=== $script"
-  if [ "$ranks" -eq 1 ]; then
-    "$python" "$script" "$@"
+single = torch.backends.mps.is_available()
+processes = torch.cuda.device_count() or (1 if single else min(threads, 4))
+print(processes, max(1, threads // processes))')
+
+study() { # SCRIPT [ARGUMENT ...]
+  if [ "$processes" -eq 1 ]; then
+    "$python" "$@"
   else
-    OMP_NUM_THREADS=$threads "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$script" "$@"
+    OMP_NUM_THREADS=$threads "$python" -m torch.distributed.run \
+      --standalone --nproc-per-node "$processes" "$@"
   fi
-done
+}
+
+echo "=== vae.py"
+"$python" "$here/vae.py" "$@"
+echo "=== conv_ae.py"
+study "$here/conv_ae.py" "$@"
+echo "=== classifier.py" # starts at the encoders that conv_ae.py made of the same seeds
+study "$here/classifier.py" "$@"

@@ -1,345 +1,1277 @@
-"""Fast, offline tests through the scripts' own `main`, on a small dataset that they write themselves."""
-import argparse
+"""Fast, offline tests through the scripts' own `main`, on a small dataset that they write."""
+
+import contextlib
+import copy
 import gzip
 import hashlib
+import http.client
+import importlib.util
+import io
 import itertools
 import json
 import math
 import re
+import shlex
 import shutil
-import signal
+import statistics
 import struct
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
+from torch import nn
 
 import classifier
 import common
 import conv_ae
 import vae
 
-HERE = Path(__file__).parent
-TRAIN, TEST = 240, 60  # images; 5/6 of TRAIN are trained on
+SCRIPTS = (vae, conv_ae, classifier)
 CPU = torch.device("cpu")
+TRAIN, VAL, TEST = 200, 40, 60  # images of the small dataset
+STEPS = 4  # of an epoch, with batches of 50
+VAE = ["--epochs", "3", "--batch-size", "50", "--val-every", "2", "--seeds", "2"]
+CONV_AE = ["--epochs", "2", "--batch-size", "50", "--latents", "3", "32", "--seeds", "2"]
+CLASSIFIER = ["--epochs", "2", "--batch-size", "50", "--labels", "20", "200", "--seeds", "2"]
+STUDIES = list(zip(SCRIPTS, (VAE, CONV_AE, CLASSIFIER)))
+SCRATCH = ["--strategies", "scratch", "--labels", "200", "--seeds", "1"]
 
-@pytest.fixture(autouse=True)
-def fixed():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
 
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    """A dataset in Fashion-MNIST's format, half of it gzipped, each class a bright block of its own height."""
-    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+@pytest.fixture(scope="session", autouse=True)
+def dataset(tmp_path_factory):
+    """A folder in Fashion-MNIST's format that the scripts take for the genuine one. Each class is
+    a bright block of its own height."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     hashes, generator = {}, torch.Generator().manual_seed(0)
-    for prefix, count in (("train", TRAIN), ("t10k", TEST)):
+    for prefix, count in (("train", TRAIN + VAL), ("t10k", TEST)):
         labels = torch.arange(count) % 10
         images = torch.randint(0, 40, (count, 28, 28), generator=generator)
         for image, label in zip(images, labels):
-            image[4:6 + 2 * label, 6:22] = 255
+            image[4 : 6 + 2 * label, 6:22] = 255
         for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
             header = struct.pack(f">{1 + values.dim()}i", 2048 + values.dim(), *values.shape)
             content = header + bytes(values.flatten().tolist())
-            hashes[f"{prefix}-{kind}-ubyte"] = len(content), hashlib.sha256(content).hexdigest()
-            if prefix == "train":
-                (raw / f"{prefix}-{kind}-ubyte").write_bytes(content)
-            else:
-                (raw / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setattr(common, "FILES", hashes)
-    monkeypatch.setattr(common, "DEBIAN", tmp_path / "nowhere")
-    return tmp_path / "data"
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(content)
+            hashes[f"{prefix}-{kind}-ubyte"] = hashlib.sha256(content).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "SHA256", hashes)
+        patch.setattr(common, "DEBIAN", folder / "nowhere")
+        patch.setitem(plt.rcParams, "savefig.dpi", 20)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def fixed_start():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="session")
+def studies(dataset, tmp_path_factory):
+    """A small study of each script: where it lies, and what it printed."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("studies")
+    printed = {}
+    for script, own in STUDIES:
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            script.main(["--data", str(dataset), "--out", str(out), "--device", "cpu", *own])
+        printed[script] = text.getvalue()
+    return SimpleNamespace(
+        out=out, printed=printed, encoder=out / "conv_ae/latent032-seed0/model.pt"
+    )
+
 
 @pytest.fixture
-def flags(data, tmp_path):
-    where = ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    return [*where, "--epochs", "3", "--batch-size", "50"]
+def here(dataset, tmp_path):
+    return ["--data", str(dataset), "--out", str(tmp_path / "out"), "--device", "cpu"]
+
 
 @pytest.fixture
-def no_figures(monkeypatch):  # they take most of a short run's time
-    monkeypatch.setattr(vae, "plot", lambda model, history, data: {})
+def flags(here):
+    return [*here, "--epochs", "2", "--batch-size", "50"]
+
 
 @pytest.fixture
-def one_pass(monkeypatch):  # each image once an epoch, for speed
-    monkeypatch.setattr(classifier, "passes", lambda count: 1)
+def again(studies, here, tmp_path):
+    """The flags of a copy of the small studies."""
+    shutil.copytree(studies.out, tmp_path / "out")
+    return {script: here + own for script, own in STUDIES}
+
+
+@pytest.fixture
+def data(dataset):
+    return common.load_data(dataset, CPU)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Blank figures. The genuine ones take most of the time of a short run."""
+    names = [(script, name) for script in SCRIPTS for name in vars(script)]
+    for script, name in [(common, "image_grid"), *names]:
+        if name == "image_grid" or name.startswith("plot_"):
+            monkeypatch.setattr(script, name, lambda *args: plt.Figure((1, 1)))
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Collects what a script would train, {name of the folder: model, data and config}."""
+    runs = {}
+
+    def run(model, data, config, args, folder, evaluate):
+        runs[folder.name] = SimpleNamespace(model=copy.deepcopy(model), data=data, config=config)
+
+    monkeypatch.setattr(common, "run", run)
+    return runs
+
 
 def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
 
 def weights(folder):
     return torch.load(folder / "model.pt", weights_only=True)["model"]
 
-def same_weights(*folders):
-    first, second = map(weights, folders)
-    return all(torch.equal(first[name], second[name]) for name in first)
 
-def contents(folder):
-    files = [path for path in folder.iterdir() if path.is_file()]
-    return {path.name: path.read_bytes() for path in files if path.name != "checkpoint.pt"}
+def same(first, second):
+    """Whether two state_dicts are the same, bit by bit."""
+    return all(torch.equal(first[name], second[name]) for name in {**first, **second})
 
-def fails(main, flags, capsys, code):  # with one line, which it returns
-    with pytest.raises(SystemExit) as stopped:
-        main(flags)
-    text = isinstance(stopped.value.code, str)  # what Python prints before it ends with exit code 1
-    assert (1 if text else stopped.value.code) == code
-    message = stopped.value.code if text else capsys.readouterr().err.splitlines()[-1]
+
+def files(folder):
+    """{path: (time of the last change, content)} of all files below a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def failure(main, *args):
+    """The line that a run ends with, besides exit code 1. Its advice destroys nothing."""
+    with pytest.raises(SystemExit) as end:
+        main(*args)
+    message = end.value.code
+    assert isinstance(message, str), message  # Python prints it and exits with code 1
     assert len(message.splitlines()) == 1 and "Traceback" not in message
+    assert not re.search("again|anew|delete|remove|overwrite", message), message
     return message
 
-def test_split_is_disjoint_complete_and_fixed(data):
-    first = common.load_data(data, CPU)
+
+def interrupt(monkeypatch, model_class, call, main, argv):
+    """Presses Ctrl-C in the given call of the model's loss."""
+    genuine, calls = model_class.loss, itertools.count(1)
+
+    def loss(*args):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return genuine(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model_class, "loss", loss)
+        main(argv)
+
+
+def edited(folder, monkeypatch, module, old, new):
+    """A copy of `module`, imported from a file in which `old` is replaced by `new`."""
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    name = f"{module.__name__}_{hashlib.sha256(new.encode()).hexdigest()[:8]}"
+    path = folder / f"{name}.py"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    copied = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, copied)
+    spec.loader.exec_module(copied)
+    return copied
+
+
+# hyperparameters and flags ------------------------------------------------------------------------
+
+NOT_COUNTS = ("0", "-1", "1.5", "x", "nan", "inf", "", "1e30", "1" * 30)
+NOT_FROM_ZERO = NOT_COUNTS[1:]
+NOT_REALS = ("-1", "x", "nan", "inf", "", "1e30")
+BAD_VALUES = {
+    "--epochs": NOT_COUNTS,
+    "--batch-size": NOT_COUNTS,
+    "--lr": ("0", *NOT_REALS),
+    "--weight-decay": NOT_REALS,
+    "--warmup-steps": NOT_FROM_ZERO,
+    "--constant-steps": NOT_FROM_ZERO,
+    "--ema-decay": ("1.01", *NOT_REALS),
+    "--val-every": NOT_COUNTS,
+    "--patience": NOT_FROM_ZERO,
+    "--min-delta": NOT_REALS,
+    "--seed": NOT_FROM_ZERO,
+    "--seeds": NOT_COUNTS,
+    "--data": ("",),
+    "--out": ("",),
+    "--device": ("gpu", "", *(() if torch.cuda.is_available() else ("cuda",))),
+}
+OWN_BAD_VALUES = {
+    vae: {"--alpha": NOT_REALS, "--latent": NOT_COUNTS},
+    conv_ae: {"--latents": NOT_COUNTS},
+    classifier: {
+        "--label-smoothing": ("1.01", *NOT_REALS),
+        "--dropout": ("1.01", *NOT_REALS),
+        "--latent": NOT_COUNTS,
+        "--labels": (*NOT_COUNTS, "9", "50001", "1000000"),
+        "--strategies": ("distill", ""),
+        "--encoder": ("",),
+    },
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_bad_flag_is_refused_before_data_is_read_or_a_file_touched(
+    script, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(common, "load_data", lambda *args: pytest.fail("data was read"))
+    monkeypatch.chdir(tmp_path)
+    values = {**BAD_VALUES, **OWN_BAD_VALUES[script]}
+    bad = [[flag, value] for flag in values for value in values[flag]]
+    bad += [["--eval", "--resume"], ["--epoch", "3"], ["--batch", "3"], ["--nothing"], ["5"]]
+    bad += [[flag, "64", "64"] for flag in ("--latents", "--labels")]
+    bad += [["--strategies", "scratch", "scratch"], ["--seeds"], ["--strategies"]]
+    for argv in bad:
+        with pytest.raises(SystemExit) as end:
+            script.main(argv)
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 2 and message.startswith(f"{Path(sys.argv[0]).name}: error: ")
+        named = argv[0] if argv[0] in message else argv[-1]
+        assert named in message or message.endswith("an argument is empty"), (argv, message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_hyperparameter_is_a_flag_and_reaches_the_runs(
+    script, here, studies, started, capsys
+):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "(default: 0.0" in text and "python " in text
+    given = {"lr": 0.123, "weight_decay": 0.1, "ema_decay": 0.5, "min_delta": 7.5, "patience": 11}
+    given |= {"epochs": 41, "batch_size": 17, "warmup_steps": 13, "constant_steps": 19}
+    given |= {"val_every": 21, "seed": 31}
+    own = {vae: {"alpha": 0.25, "latent": 5}, conv_ae: {}, classifier: {"latent": 6}}[script]
+    if script is classifier:
+        own |= {"label_smoothing": 0.25, "dropout": 0.75}
+        here += ["--encoder", str(studies.encoder), "--labels", "20"]
+    for name, value in {**given, **own}.items():
+        flag = "--" + name.replace("_", "-")
+        assert re.search(rf"^  {flag} (INT|FLOAT)\b", text, re.MULTILINE), flag
+        here += [flag, str(value)]
+    script.main([*here, "--seeds", "2"])
+    for run in started.values():
+        config = vars(run.config)
+        assert {**config, **given, **own, "seed": config["seed"]} == config
+    assert {run.config.seed for run in started.values()} == {31, 32}
+
+
+def test_flags_say_where_and_how_and_the_command_is_kept_as_typed(tmp_path):
+    plt.switch_backend("svg")
+    parser = common.make_parser("doc", vae.Config)
+    argv = ["--out", str(tmp_path / "a b"), "--resume", "--seed", "3", "--seeds", "2"]
+    args = common.parse_args(parser, vae.Config, argv)
+    assert shlex.split(args.command) == [word for word in argv if word != "--resume"]
+    assert args.out == tmp_path / "a b" and args.resume and not args.eval
+    assert (args.data, list(args.seeds), args.config.seed) == (Path("data"), [3, 4], 3)
+    assert plt.get_backend().lower() == "agg"  # no window opens
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    best = "mps" if best == "cpu" and torch.backends.mps.is_available() else best
+    assert args.device.type == best
+    with pytest.raises(AttributeError):
+        args.config.lr = 1.0
+
+
+def test_studies_have_three_seeds_by_default_and_the_longest_runs_first(here, studies, started):
+    conv_ae.main(here)
+    names = [
+        f"latent{size}-seed{seed}" for size in ("128", "032", "008", "002") for seed in range(3)
+    ]
+    assert list(started) == names
+    started.clear()
+    classifier.main([*here, "--encoder", str(studies.encoder), "--strategies", *STRATEGIES[::-1]])
+    names = [
+        f"{strategy}-labels{count}-seed{seed}"
+        for count in (50_000, 10_000, 1000, 100)
+        for strategy in STRATEGIES
+        for seed in range(3)
+    ]
+    assert list(started) == names
+
+
+def test_ctrl_c_and_a_closed_pipe_end_in_one_line_at_most(capsys, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        common.cli(stop)
+    text = capsys.readouterr()
+    assert end.value.code == 130 and text.out == ""
+    assert "--resume" in text.err and len(text.err.strip().splitlines()) == 1
+
+    class ClosedPipe(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    codes = []
+    monkeypatch.setattr(common.os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    common.cli(lambda: print("a line"))
+    assert codes == [1] and capsys.readouterr().err == ""
+
+
+# data ---------------------------------------------------------------------------------------------
+
+
+def test_the_split_is_disjoint_complete_and_the_same_for_every_seed(dataset, data, capsys):
     torch.manual_seed(1)
-    second = common.load_data(data, CPU)
-    assert torch.equal(first.train.images, second.train.images) and torch.equal(first.val.labels, second.val.labels)
-    assert [len(split.labels) for split in (first.train, first.val, first.test)] == [TRAIN * 5 // 6, TRAIN // 6, TEST]
-    content = (data / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").read_bytes()[16:]
-    given = sorted(content[i:i + 784] for i in range(0, len(content), 784))
-    split = torch.cat([first.train.images, first.val.images])
-    assert sorted(bytes(image.mul(255).round().byte().flatten().tolist()) for image in split) == given
-    assert len(set(given)) == TRAIN  # so that equal lists mean disjoint parts
+    other = common.load_data(dataset, CPU)
+    assert [len(split.labels) for split in data] == [TRAIN, VAL, TEST]
+    for split, again in zip(data, other):
+        assert torch.equal(split.images, again.images) and torch.equal(split.labels, again.labels)
+    raw = dataset / "FashionMNIST" / "raw"
+    assert f"data: {raw}" in capsys.readouterr().out
+    for prefix, parts in (("train", (data.train, data.val)), ("t10k", (data.test,))):
+        pixels = (raw / f"{prefix}-images-idx3-ubyte").read_bytes()[16:]
+        labels = (raw / f"{prefix}-labels-idx1-ubyte").read_bytes()[8:]
+        given = sorted((pixels[784 * i : 784 * (i + 1)], label) for i, label in enumerate(labels))
+        assert len(set(given)) == len(given)  # so that equal lists mean disjoint parts
+        found = []
+        for part in parts:
+            assert part.images.dtype == torch.float32 and part.labels.dtype == torch.int64
+            assert part.images.shape[1:] == (1, 28, 28)
+            scaled = part.images.mul(255)
+            assert (scaled - scaled.round()).abs().max() < 1e-4  # in [0, 1]
+            rows = [bytes(row) for row in scaled.round().int().flatten(1).tolist()]
+            found += zip(rows, part.labels.tolist())
+        assert sorted(found) == given
 
-@pytest.mark.parametrize("name, damage", [
-    ("train-images-idx3-ubyte", lambda path, content: path.write_bytes(content[:-1])),
-    ("train-labels-idx1-ubyte", lambda path, content: path.write_bytes(content[:99] + b"\x55" + content[100:])),
-    ("train-images-idx3-ubyte", lambda path, content: (path.unlink(), path.mkdir())),
-    ("t10k-images-idx3-ubyte.gz", lambda path, content: path.write_bytes(content[:len(content) // 2]))])
-def test_damaged_data_is_refused_by_name(name, damage, data, flags, capsys):
-    path = data / "FashionMNIST" / "raw" / name
-    damage(path, path.read_bytes())
-    assert name in fails(vae.main, flags, capsys, 1)
 
-def test_missing_data_names_the_file_and_three_ways(data, flags, capsys, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise RuntimeError("Error downloading\nand more")
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST.__init__", no_network)
-    (data / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
-    message = fails(vae.main, flags, capsys, 1)
-    for part in ("t10k-labels-idx1-ubyte", "FashionMNIST/raw", "dataset-fashion-mnist", "download", "and more"):
-        assert part in message
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
 
-@pytest.mark.parametrize("losses, stops_at, best", [
-    ([1.0, 0.5, 0.5, 0.5, 0.5, 0.4], 5, 2),  # epochs 3, 4, 5 bring nothing
-    ([1.0, 0.5, 0.495, 0.49, 0.485, 0.4], 5, 5),  # falls, but by less than min_delta; the best is still the lowest
-    ([1.0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4], 8, 5),  # the last check in time restarts the count
-    ([1.0, 0.9, 0.8, 0.7, 0.6], None, 5),
-    ([None, None, None, None, 1.0], None, 5),  # never before the first validation
-])
-def test_early_stopping(losses, stops_at, best):
-    history = []
-    for epoch, loss in enumerate(losses, 1):
-        history.append({"epoch": epoch, **({"val": {"loss": loss}} if loss else {})})
-        assert not common.stops_early(history, patience=0, min_delta=1000)
-        if common.stops_early(history, patience=3, min_delta=0.05):
-            break
-    assert len(history) == (stops_at or len(losses)) and common.best_epoch(history) == best
-    assert common.stops_early(history, patience=3, min_delta=0.05) == bool(stops_at)
 
-def test_learning_rate_warms_up_holds_and_decays_to_zero():
-    args = SimpleNamespace(lr=2.0, warmup_steps=10, constant_steps=30)
-    rates = [common.learning_rate(step, 110, args) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)]) and rates[10:30] == [2.0] * 20
-    assert rates[30:] == pytest.approx([2.0 * (110 - step) / 80 for step in range(30, 110)])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x0b"),
+        lambda path: path.write_bytes(b""),
+        make_folder,
+    ],
+)
+def test_damaged_data_is_refused_by_name(name, damage, dataset, tmp_path, flags):
+    shutil.copytree(dataset, tmp_path / "data")
+    path = tmp_path / "data" / "FashionMNIST" / "raw" / name
+    damage(path)
+    message = failure(vae.main, [*flags, "--data", str(tmp_path / "data")])
+    assert str(path) in message and "damaged" in message and "--data" in message
+    assert not (tmp_path / "out").exists()
 
-def test_ema_is_a_geometric_mean_of_the_past_and_short_at_first():
-    ema, latest = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    common.update_ema([(ema, latest)], step=0, decay=0.99)
-    assert ema.item() == pytest.approx(0.9)
-    ema.zero_()
-    for step in range(10_000, 10_050):
-        common.update_ema([(ema, latest)], step, decay=0.99)
-    assert ema.item() == pytest.approx(1 - 0.99 ** 50)
 
-def test_the_kept_weights_are_the_ema_weights_of_the_best_epoch(flags, tmp_path, monkeypatch, no_figures):
-    losses, seen = iter([3.0, 1.0, 2.0, 9.0]), []
-    def test_loop(model, loss_fn, split):
+@pytest.fixture
+def debian(dataset, tmp_path, monkeypatch):
+    """A folder like that of Debian's package."""
+    folder = tmp_path / "debian"
+    folder.mkdir()
+    for path in (dataset / "FashionMNIST" / "raw").iterdir():
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr(common, "DEBIAN", folder)
+    return folder
+
+
+def test_missing_files_come_from_debians_package_and_own_files_stay(
+    dataset, debian, data, tmp_path, capsys
+):
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    genuine = {path.name: path.read_bytes() for path in (dataset / "FashionMNIST/raw").iterdir()}
+    (raw / "t10k-images-idx3-ubyte").write_bytes(genuine["t10k-images-idx3-ubyte"])
+    (raw / "notes.txt").write_text("mine")
+    before = files(raw)
+    loaded = common.load_data(tmp_path / "data", CPU)
+    after = files(raw)
+    assert {**after, **before} == after
+    found = {path.name: content for path, (_, content) in after.items()}
+    assert found == {**genuine, "notes.txt": b"mine"}
+    assert str(debian) in capsys.readouterr().out
+    for split, expected in zip(loaded, data):
+        assert torch.equal(split.images, expected.images)
+
+
+def test_a_damaged_file_of_debians_package_is_refused_by_name(debian, tmp_path):
+    path = debian / "train-labels-idx1-ubyte.gz"
+    content = path.read_bytes()
+    other = gzip.compress(gzip.decompress(content)[:-1] + b"\x0b")
+    for damaged in (content[:20], content[:30] + b"\xff\xff" + content[32:], b"no gzip", other):
+        path.write_bytes(damaged)
+        assert str(path) in failure(common.load_data, tmp_path / "data", CPU)
+        assert not (tmp_path / "data" / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte").exists()
+    path.unlink()
+    assert str(path) in failure(common.load_data, tmp_path / "data", CPU)
+
+
+def test_without_a_package_the_data_is_downloaded(debian, dataset, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "DEBIAN", tmp_path / "nowhere")
+
+    class Download:
+        def __init__(self, folder, download):
+            assert download
+            self.raw_folder = str(Path(folder) / "FashionMNIST" / "raw")
+            shutil.copytree(debian, self.raw_folder)
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", Download)
+    common.fetch(tmp_path / "raw", list(common.SHA256))
+    for name in common.SHA256:
+        genuine = (dataset / "FashionMNIST" / "raw" / name).read_bytes()
+        assert (tmp_path / "raw" / name).read_bytes() == genuine
+
+
+@pytest.mark.parametrize(
+    "error", [http.client.IncompleteRead(b""), RuntimeError("no\nroute"), OSError()]
+)
+def test_a_failed_download_ends_in_one_line_with_two_ways_out(error, flags, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
+    message = failure(vae.main, [*flags, "--data", str(tmp_path / "data")])
+    assert str(tmp_path / "data" / "FashionMNIST" / "raw") in message
+    assert "no download" in message and "apt-get install dataset-fashion-mnist" in message
+    assert " ".join(str(error).split()) in message
+
+
+# training and evaluation --------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    """A model that can be followed by hand: a weight is pulled to 1, a buffer counts the steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0]))
+        self.register_buffer("steps", torch.zeros(()))
+        self.seen, self.draws = [], []
+
+    def loss(self, images, labels):
+        self.seen.append((images, labels))
+        self.draws.append(torch.rand(()).item())
+        if self.training:
+            self.steps += 1
+        pull = (self.weight - 1).square().sum() / 2
+        return {"loss": pull + images.mean(), "brightness": images.mean()}
+
+
+def tiny_config(**changes):
+    return replace(common.Config(batch_size=60, epochs=2), **changes)  # steps of 60, 60, 60, 20
+
+
+def numbered(count=TRAIN):
+    """A training set whose i-th image has the brightness i / count and the label i."""
+    labels = torch.arange(count)
+    images = (labels / count).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+    flat = [common.Split(torch.full((7, 1, 28, 28), b), torch.zeros(7).long()) for b in (0.5, 0.75)]
+    return common.Data(common.Split(images, labels), *flat)
+
+
+def train(tmp_path, model=None, resume=False, data=None, **changes):
+    """A training of a Tiny: model and history."""
+    model = model or Tiny()
+    config = tiny_config(**changes)
+    data = data or numbered()
+    return model, common.train_loop(model, data, config, tmp_path / "tiny", "code", resume)
+
+
+def test_steps_and_kept_weights_are_those_of_the_recipe_by_hand(tmp_path):
+    own = {
+        "lr": 0.1,
+        "weight_decay": 0.5,
+        "warmup_steps": 2,
+        "constant_steps": 3,
+        "ema_decay": 0.25,
+    }
+    model, history = train(tmp_path, **own)
+    shares = [0.5, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]  # of the peak rate: rising, constant, falling
+    weight, ema, average_steps, losses = 2.0, 2.0, 0.0, []
+    m = v = 0.0
+    for t, share in enumerate(shares, 1):
+        losses.append((weight - 1) ** 2 / 2)
+        gradient = weight - 1
+        m = 0.9 * m + 0.1 * gradient  # AdamW (Loshchilov & Hutter, 2019), algorithm 2
+        v = 0.999 * v + 0.001 * gradient**2
+        step = m / (1 - 0.9**t) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        weight -= 0.1 * share * (step + 0.5 * weight)
+        decay = min(0.25, t / (9 + t))
+        ema = decay * ema + (1 - decay) * weight
+        average_steps = decay * average_steps + (1 - decay) * t
+    assert model.weight.item() == pytest.approx(ema, rel=1e-6)
+    assert model.steps.item() == pytest.approx(average_steps, rel=1e-6)
+    brightness = (TRAIN - 1) / TRAIN / 2
+    for epoch in (1, 2):
+        sizes = (60, 60, 60, 20)
+        mean = sum(size * loss for size, loss in zip(sizes, losses[4 * epoch - 4 :])) / TRAIN
+        assert history[epoch - 1]["epoch"] == epoch
+        assert history[epoch - 1]["train_loss"] == pytest.approx(mean + brightness, abs=2e-6)
+    assert history[1]["val"]["loss"] == pytest.approx((ema - 1) ** 2 / 2 + 0.5, abs=2e-6)
+    assert history[1]["val"]["brightness"] == 0.5  # of the validation images
+
+
+@pytest.mark.parametrize("warmup, constant", [(10, 30), (0, 0), (1000, 1000), (40, 20)])
+def test_the_rate_warms_up_holds_and_decays_to_zero(warmup, constant):
+    config = common.Config(lr=2.0, warmup_steps=warmup, constant_steps=constant)
+    rates = [common.learning_rate(step, 100, config) for step in range(100)]
+    start, top = min(constant, 50), min(max(warmup, 1), 100)
+    for step, rate in enumerate(rates):
+        rising = (step + 1) / top if step < top else 1
+        falling = 1 if step <= start else 1 - (step - start) / (100 - start)
+        assert rate == pytest.approx(2.0 * min(rising, falling))
+
+
+def test_an_epoch_takes_every_image_once_with_its_label_in_an_order_of_its_own(tmp_path):
+    orders = []
+    for seed in (0, 1, 2):
+        model, _ = train(tmp_path, seed=seed)
+        assert [len(labels) for _, labels in model.seen] == [60, 60, 60, 20] * 2
+        for images, labels in model.seen:
+            assert torch.equal((images[:, 0, 0, 0] * TRAIN).round().long(), labels)
+        labels = torch.cat([labels for _, labels in model.seen]).tolist()
+        orders += [labels[:TRAIN], labels[TRAIN:]]
+    assert all(sorted(order) == list(range(TRAIN)) for order in orders)
+    assert len(set(map(tuple, orders))) == 6
+    again, _ = train(tmp_path, seed=1)
+    assert torch.cat([labels for _, labels in again.seen]).tolist() == orders[2] + orders[3]
+
+
+def test_noise_differs_by_epoch_and_seed_and_does_not_depend_on_what_came_before(tmp_path):
+    draws = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model, _ = train(tmp_path, seed=seed, epochs=3)
+        draws |= set(model.draws)
+        torch.manual_seed(5)
+        other, _ = train(tmp_path, seed=seed, epochs=3)
+        assert other.draws == model.draws
+    assert len(draws) == 2 * 3 * 4
+
+
+def history_of(losses):
+    rows = [{"epoch": epoch} for epoch in range(1, len(losses) + 1)]
+    for row, loss in zip(rows, losses):
+        if loss is not None:
+            row["val"] = {"loss": loss}
+    return rows
+
+
+@pytest.mark.parametrize(
+    "losses, stops_at, best",
+    [
+        ([1.0, 0.5, 0.5, 0.5, 0.5, 0.4], 5, 2),  # epochs 3, 4, 5 bring nothing
+        ([1.0, 0.5, 0.495, 0.49, 0.485, 0.4], 5, 5),  # less than min_delta; the best is the lowest
+        ([1.0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4], 8, 5),  # in time: the count starts anew
+        ([1.0, 0.9, 0.8, 0.7, 0.6], None, 5),
+        ([None, None, None, None, 1.0], None, 5),  # never before the first validation
+        ([*[None] * 4, 1.0, *[None] * 4, 1.0, None], 10, 5),  # judged only where it validates
+        ([1.0, None, None, None, None, 1.0], 6, 1),
+    ],
+)
+def test_training_stops_after_patience_epochs_without_progress(losses, stops_at, best):
+    config = common.Config(patience=3, min_delta=0.05)
+    history = history_of(losses)
+    stops = [common.stops_early(history[:count], config) for count in range(len(losses) + 1)]
+    assert stops.index(True) == stops_at if stops_at else not any(stops)
+    assert common.best_epoch(history[:stops_at], config) == best
+    never = replace(config, patience=0)
+    assert not any(common.stops_early(history[:count], never) for count in range(len(losses) + 1))
+    assert common.best_epoch(history, never) == len(losses)
+
+
+@pytest.mark.parametrize(
+    "own, validated, kept",
+    [
+        ({"patience": 2}, [3.0, 1.0, 2.0, 9.0], 2),  # stops early: the best
+        ({"patience": 9, "epochs": 3}, [3.0, 1.0, 2.0], 2),
+        ({}, [3.0, 1.0, 2.0, 9.0, 5.0, 7.0], 6),  # never stops: the last
+        ({"val_every": 4, "patience": 1}, [1.0, 2.0], 4),  # in epochs 4 and 6, the last
+    ],
+)
+def test_the_weights_of_the_best_epoch_are_kept_with_patience_and_without_it_the_last(
+    own, validated, kept, tmp_path, monkeypatch, capsys
+):
+    losses, seen = iter(validated), []
+
+    def test_loop(model, split):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"loss": next(losses)}
+
     monkeypatch.setattr(common, "test_loop", test_loop)
-    vae.main(flags + ["--val-every", "1"])  # three validations and the test
-    kept = weights(tmp_path / "out" / "vae")
-    assert [all(torch.equal(kept[name], past[name]) for name in kept) for past in seen] == [False, True, False, True]
+    model, history = train(tmp_path, **{"epochs": 6, "lr": 0.1, **own})
+    epochs = [row["epoch"] for row in history if "val" in row]
+    assert len(epochs) == len(seen) == len(validated)
+    assert epochs[-1] == len(history)
+    assert not same(seen[0], seen[1])
+    assert same(model.state_dict(), seen[epochs.index(kept)])
+    early = len(history) < own.get("epochs", 6)
+    assert early == ("stops early, after 2 epochs" in capsys.readouterr().out)
 
-def test_an_epoch_takes_every_image_once_in_a_new_order_at_the_rates_of_the_schedule(flags, monkeypatch, no_figures):
-    seen, steps, genuine, rate = [], [], vae.loss_fn, common.learning_rate
-    def loss_fn(model, images, labels, alpha):
-        seen.extend(images.flatten(1).sum(1).tolist() * model.training)
-        return genuine(model, images, labels, alpha)
-    monkeypatch.setattr(vae, "loss_fn", loss_fn)
-    monkeypatch.setattr(common, "learning_rate", lambda *args: steps.append(args[:2]) or rate(*args))
-    vae.main(flags)
-    epochs = [seen[i:i + TRAIN * 5 // 6] for i in range(0, len(seen), TRAIN * 5 // 6)]
-    assert len(epochs) == 3 and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    assert epochs[0] != epochs[1] != epochs[2] and len(set(epochs[0])) > 190
-    assert steps == [(step, 12) for step in range(12)]
-    vae.main(flags + ["--seed", "1", "--epochs", "1"])
-    assert sorted(seen[-len(epochs[0]):]) == sorted(epochs[0]) and seen[-len(epochs[0]):] != epochs[0]
 
-def test_test_loop_weights_by_images_in_float32_and_draws_the_same_noise_again(data):
-    split, model = common.load_data(data, CPU).val, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 1))
-    def loss_fn(model, images, labels):
-        assert not model.training and not torch.is_grad_enabled()
-        return {"loss": common.forward(model, images).mean(), "noise": torch.rand(())}
-    ragged = common.test_loop(model, loss_fn, split, batch_size=7)
-    assert ragged == common.test_loop(model, loss_fn, split, batch_size=7)
-    assert ragged["loss"] == pytest.approx(model(split.images).mean().item(), abs=2e-7)
+def test_evaluation_is_the_mean_over_images_with_the_same_noise_every_time():
+    class Noisy(nn.Linear):
+        def loss(self, images, labels):
+            assert not self.training and not torch.is_grad_enabled()
+            return {"loss": self(images.flatten(1)).mean(), "noise": torch.rand(())}
 
-def test_kl_is_that_of_torch_distributions():
-    mu, logvar = torch.randn(7, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), normal(0.0, 1.0)).sum(1)
-    assert torch.allclose(vae.kl_divergence(mu, logvar), expected)
+    model = Noisy(784, 1).train()
+    split = common.Split(torch.rand(301, 1, 28, 28), torch.zeros(301).long())
+    ragged = common.test_loop(model, split, batch_size=100)
+    torch.rand(5)
+    assert ragged == common.test_loop(model, split, batch_size=100)
+    mean = model(split.images.flatten(1)).mean().item()
+    assert ragged["loss"] == pytest.approx(mean, abs=2e-6)
+    assert common.test_loop(model, split)["loss"] == pytest.approx(mean, abs=2e-6)
 
-def test_vae_loss_is_the_recipe(monkeypatch):
-    model, images = vae.VAE(), torch.rand(5, 1, 28, 28)
-    monkeypatch.setattr(torch, "randn", torch.zeros)  # z = mu
-    losses = vae.loss_fn(model, images, None, alpha=0.25)
-    mu, logvar = model.encode(images)
-    recon = (model.decode(mu) - images).abs().sum() / (5 * 784)
-    kl = -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / 5
-    assert torch.allclose(losses["recon"], recon) and torch.allclose(losses["kl"], kl)
-    assert torch.allclose(losses["loss"], recon + 0.25 * kl)
 
-def test_bounds_act_only_on_the_unusual():
-    model, images = vae.VAE(), torch.rand(100, 1, 28, 28) / 2
-    h = model.encoder(images)
-    assert all(map(torch.equal, model.encode(images), (model.mu(h), model.logvar(h))))
-    with torch.no_grad():
-        model.logvar.bias += torch.tensor([1e6, -1e6]).repeat(4)
-        model.mu.bias += torch.tensor([1e6, -1e6]).repeat(4)
-    assert vae.kl_divergence(*model.encode(images)).max() <= 476.01
+def test_an_epochs_line_names_the_run_its_losses_and_the_time_left(capsys):
+    history = [{"epoch": 1, "train_loss": 0.25, "seconds": 10.0}]
+    history.append(
+        {"epoch": 2, "train_loss": 0.125, "seconds": 50.0, "val": {"loss": 1, "kl": 2.5}}
+    )
+    common.print_epoch("seed7", history[:1], common.Config(epochs=5))
+    common.print_epoch("seed7", history, common.Config(epochs=5))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "seed7  epoch   1/5  train 0.25000  10.00 s, 0m40s left"
+    expected = "train 0.12500  val loss 1.00000 kl 2.50000  50.00 s, 1m30s left"
+    assert second == f"seed7  epoch   2/5  {expected}"
 
-def test_sampled_latents_have_the_moments_of_the_posterior():
-    z = vae.VAE().reparameterize(torch.full((200_000, 1), 3.0), torch.full((200_000, 1), math.log(0.25)))
-    assert abs(z.mean() - 3.0) < 0.01 and abs(z.std() - 0.5) < 0.01
 
-def test_knn_accuracy_by_hand():
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_what_was_there(
+    again, tmp_path, monkeypatch
+):
+    before, genuine = files(tmp_path / "out" / "vae"), vae.VAE.loss
+    for value in (math.nan, math.inf):
+        for only_validation in (False, True):
+
+            def loss(self, *batch, value=value, only_validation=only_validation):
+                losses = genuine(self, *batch)
+                if self.training and only_validation:
+                    return losses
+                return {name: mean * value for name, mean in losses.items()}
+
+            with monkeypatch.context() as patch:
+                patch.setattr(vae.VAE, "loss", loss)
+                message = failure(vae.main, [*again[vae], "--val-every", "1"])
+            assert "seed0" in message and "epoch 1" in message and "--lr" in message
+            assert files(tmp_path / "out" / "vae") == before
+
+
+def test_bfloat16_is_used_in_training_alone_and_where_class_and_device_say_so(monkeypatch):
+    if not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("this release of torch does not tell")
+
+    class Fast(nn.Linear):
+        bf16 = True
+
+    fast, plain, x = Fast(100, 100), nn.Linear(100, 100), torch.randn(10, 100)
+    for name, expected in (("amx_bf16", True), ("avx512_bf16", True), ("avx2", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert common.uses_bf16(fast, CPU) is expected
+        assert common.uses_bf16(plain, CPU) is False
+        rounded = not torch.equal(common.forward(fast, x), fast(x))
+        assert rounded is expected and common.forward(fast, x).dtype == torch.float32
+        assert torch.equal(common.forward(plain, x), plain(x))
+        assert torch.equal(common.forward(fast.eval(), x), fast(x))
+        fast.train()
+
+
+def test_knn_accuracy_is_that_of_a_vote_by_hand():
     index, labels = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]]), torch.tensor([1, 1, 2, 3, 3])
     queries, truth = torch.tensor([[0.05], [5.05], [0.3]]), torch.tensor([1, 3, 2])
     assert common.knn_accuracy(index, labels, queries, truth, k=3) == pytest.approx(2 / 3)
+    assert common.knn_accuracy(index, labels, queries, truth) == pytest.approx(1 / 3)  # all vote
+    index, queries = torch.randn(50, 3), torch.randn(1500, 3)
+    labels, truth = torch.randint(4, (50,)), torch.randint(4, (1500,))
+    right = 0
+    for query, label in zip(queries, truth.tolist()):
+        nearest = (index - query).square().sum(1).argsort()[:10]
+        counts = torch.bincount(labels[nearest], minlength=4)
+        right += counts.argmax().item() == label  # argmax takes the smaller of two, as mode does
+    assert common.knn_accuracy(index, labels, queries, truth) == pytest.approx(right / 1500)
 
-def test_vae_writes_what_it_should(data, flags, tmp_path, capsys):
-    vae.main(flags)
-    folder = tmp_path / "out" / "vae"
-    files, result = contents(folder), metrics(folder)
-    figures = {"losses.png", "reconstructions.png", "samples.png", "latent_pairs.png", "interpolations.png"}
-    assert files.keys() == figures | {"losses.csv", "metrics.json", "model.pt", "explorer.html"}
-    assert all(files[name].startswith(b"\x89PNG\r\n\x1a\n") for name in figures)
-    assert {"config", "environment", "parameters", "epochs_run", "best_epoch", "train_seconds", "test",
-            "latent_knn_accuracy", "kl_max", "kl_max_val"} <= result.keys()
-    assert {"python", "torch", "torchvision", "device", "threads"} <= result["environment"].keys()
-    assert result["config"].keys() >= {"alpha", "lr", "weight_decay", "warmup_steps", "constant_steps", "ema_decay"}
-    assert not result["config"].keys() & {"data", "out", "resume", "eval", "device"} and result["parameters"] == 219808
-    assert result["test"]["loss"] == pytest.approx(result["test"]["recon"] + 1e-3 * result["test"]["kl"], rel=1e-5)
-    lines = files["losses.csv"].decode().splitlines()
-    assert lines[0] == "epoch,train_loss,val_loss" and [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3"]
-    assert lines[1].endswith(",") and not lines[3].endswith(",")  # validated every 5 epochs and in the last
-    assert torch.load(folder / "model.pt", weights_only=True)["config"] == result["config"]
-    assert f"{result['test']['loss']:.5f}" in capsys.readouterr().out.splitlines()[-2]
 
-def test_eval_confirms_what_is_recorded_and_nothing_else(flags, tmp_path, capsys, no_figures):
-    vae.main(flags + ["--alpha", "0.002"])
-    folder = tmp_path / "out" / "vae"
-    before, result = contents(folder), metrics(folder)
-    vae.main(flags + ["--eval"])  # the run as it was, whatever the flags say
-    assert contents(folder) == before and "confirmed" in capsys.readouterr().out
-    test, knn = result["test"], result["latent_knn_accuracy"]
-    for name, changed in (("loss", {"test": {**test, "loss": test["loss"] * 1.001}}), ("kl_max", {"kl_max": 5.0}),
-                          ("latent_knn_accuracy", {"latent_knn_accuracy": knn + 0.01})):
-        (folder / "metrics.json").write_text(json.dumps({**result, **changed}))
-        assert name in fails(vae.main, flags + ["--eval"], capsys, 1)
+@pytest.mark.parametrize(
+    "script, model_class, own, call",
+    [
+        (vae, vae.VAE, ["--val-every", "2"], 4 * STEPS + 5),  # two calls are validations
+        (classifier, classifier.Classifier, SCRATCH, 1 * (STEPS + 1) + 2),
+        (conv_ae, conv_ae.Autoencoder, ["--latents", "4", "--seeds", "1"], 3 * (STEPS + 1)),
+    ],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    script, model_class, own, call, flags, tmp_path, capsys, monkeypatch, no_figures
+):
+    flags += ["--epochs", "5" if script is vae else "3", "--patience", "40", *own]
+    script.main([*flags, "--out", str(tmp_path / "whole")])
+    interrupt(monkeypatch, model_class, call, script.main, flags)
+    (checkpoint,) = (tmp_path / "out").glob("*/*/checkpoint.pt")
+    done = len(torch.load(checkpoint, weights_only=True)["history"])
+    if script is conv_ae:  # as from a device with another memory layout
+        content = torch.load(checkpoint, weights_only=True)
+        for moments in content["optimizer"]["state"].values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = moments[name].contiguous()
+        torch.save(content, checkpoint)
+    capsys.readouterr()
+    script.main([*flags, "--resume"])
+    printed = capsys.readouterr().out
+    name = checkpoint.parent.name
+    assert f"{name}: goes on after epoch {done}\n" in printed and done >= 1
+    assert f"epoch   {done}/" not in printed and f"epoch   {done + 1}/" in printed
+    assert not checkpoint.exists()
+    whole = tmp_path / "whole" / checkpoint.parent.relative_to(tmp_path / "out")
+    assert same(weights(whole), weights(checkpoint.parent))
+    assert (whole / "losses.csv").read_bytes() == (checkpoint.parent / "losses.csv").read_bytes()
+    assert metrics(whole)["test"] == metrics(checkpoint.parent)["test"]
 
-def test_eval_refuses_another_seed_another_epoch_and_another_test_set(flags, tmp_path, capsys, monkeypatch, no_figures):
-    vae.main(flags)
-    for name, own in (("seed", ["--seed", "1"]), ("epoch", ["--epochs", "2"])):
-        vae.main(flags + own + ["--out", str(tmp_path / name)])
-        (tmp_path / name / "vae" / "metrics.json").write_bytes((tmp_path / "out" / "vae" / "metrics.json").read_bytes())
-        assert "test.loss is" in fails(vae.main, flags + ["--eval", "--out", str(tmp_path / name)], capsys, 1)
-    genuine = common.load_data
-    monkeypatch.setattr(common, "load_data", lambda *where: SimpleNamespace(
-        **{**vars(genuine(*where)), "test": genuine(*where).val}))
-    assert "test.loss is" in fails(vae.main, flags + ["--eval"], capsys, 1)
 
-def test_the_explorer_page_decodes_like_the_model_in_a_browser(data, flags, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not browser:
-        pytest.skip("there is no Chromium here")
-    vae.main(flags)
-    model, train = vae.VAE(), common.load_data(data, CPU).train
-    model.load_state_dict(weights(tmp_path / "out" / "vae"))
-    mu = model.encode(train.images)[0].detach()
-    codes = torch.cat([mu[train.labels == label].mean(0, keepdim=True) for label in range(10)] + [torch.randn(10, 8)])
-    page = (tmp_path / "out" / "vae" / "explorer.html").read_text()
-    last = """<script>
-        const picture = () => document.querySelector("canvas#image").toDataURL(), pictures = [picture()];
-        const [slider, ...others] = document.querySelectorAll("input[type=range]");
-        slider.value = slider.max;
-        slider.dispatchEvent(new Event("input"));
-        pictures.push(picture());
-        document.querySelector("#classes button:last-child").click();
-        const report = () => ({pictures: [...pictures, picture()], decoded: CODES.map(decode), errors, others});
-        setTimeout(() => { document.body.textContent = JSON.stringify(report()); }, 2000);
-        </script>""".replace("CODES", json.dumps(codes.tolist()))
-    first = "<script>var errors = []; console.error = onerror = text => errors.push(text);</script>"
-    (tmp_path / "page.html").write_text(page.replace("<title>", f"{first}<title>") + last)
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000",
-                           "--force-prefers-reduced-motion",
-                           f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri()],
-                          capture_output=True, text=True, timeout=120)
-    if "A VAE's latent space" not in done.stdout:
-        pytest.skip("Chromium could not open the page")
-    report = json.loads(re.search("<body>(.*?)</body>", done.stdout, re.DOTALL)[1])
-    assert report["errors"] == [] and len(report["others"]) == 7 and len(set(report["pictures"])) == 3
-    expected = model.decode(codes).flatten(1)
-    assert (torch.tensor(report["decoded"]) - expected).abs().max() < 1e-5
+def test_a_failed_evaluation_loses_no_training(flags, tmp_path, capsys, monkeypatch, no_figures):
+    vae.main([*flags, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(vae, "evaluate", lambda *args: 1 / 0)
+        vae.main(flags)
+    capsys.readouterr()
+    vae.main([*flags, "--resume"])
+    assert "train" not in capsys.readouterr().out
+    whole, resumed = (tmp_path / name / "vae" / "seed0" for name in ("whole", "out"))
+    assert same(weights(whole), weights(resumed))
 
-def test_pca_is_that_of_a_direct_svd_and_the_summary_is_per_size():
-    train, test = torch.rand(200, 1, 28, 28), torch.rand(50, 1, 28, 28)
-    flat, mean = train.flatten(1).double(), train.flatten(1).double().mean(0)
-    basis = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:5]
-    centred = test.flatten(1).double() - mean
-    expected = (centred - centred @ basis.T @ basis).square().mean().item()
-    runs = [{"config": {"latent": size}, "parameters": 9, "latent_knn_accuracy": mse,
-             "test": {"mse": mse, "l1": 2 * mse}} for size, mse in ((5, 0.1), (3, 0.4), (5, 0.3))]
-    splits = SimpleNamespace(train=common.Split(train, torch.arange(200)), test=common.Split(test, torch.arange(50)))
-    three, five = conv_ae.summarize(runs, splits)
-    assert five["pca_mse"] == pytest.approx(expected) and five["ratio"] == pytest.approx(0.2 / expected)
-    assert (five["n"], five["mse_mean"], five["l1_mean"]) == (2, pytest.approx(0.2), pytest.approx(0.4))
-    assert (three["n"], three["mse_mean"], three["mse_std"]) == (1, 0.4, None)
 
-def test_conv_ae_study_end_to_end_and_continued(flags, tmp_path, capsys):
+# runs on disk -------------------------------------------------------------------------------------
+
+RUN_KEYS = {"config", "environment", "parameters", "epochs_run", "best_epoch", "train_seconds"}
+TEST_KEYS = {
+    vae: {"loss", "recon", "kl", "kl_max", "latent_knn_accuracy"},
+    conv_ae: {"loss", "mse", "l1", "latent_knn_accuracy"},
+    classifier: {"loss", "accuracy"},
+}
+
+
+def run_folders(studies, script):
+    folders = sorted(path for path in (studies.out / script.__name__).iterdir() if path.is_dir())
+    assert len(folders) == {vae: 2, conv_ae: 4, classifier: 12}[script]
+    return folders
+
+
+@pytest.mark.parametrize("script, own", STUDIES)
+def test_a_run_writes_losses_metrics_and_weights(script, own, studies, data):
+    for folder in run_folders(studies, script):
+        run = metrics(folder)
+        assert {path.name for path in folder.iterdir()} == {
+            "losses.csv",
+            "metrics.json",
+            "model.pt",
+        }
+        assert {*RUN_KEYS, "validation", "test"} <= run.keys()
+        environment = {"python", "torch", "torchvision", "device", "threads", "bfloat16"}
+        assert run["environment"].keys() == environment
+        assert run["environment"]["device"] == "cpu" and run["environment"]["threads"] == 1
+        assert run["test"].keys() >= TEST_KEYS[script]
+        assert run["config"]["batch_size"] == 50 and not {"out", "eval"} & run["config"].keys()
+        epochs = int(own[1])
+        assert run["epochs_run"] == epochs and run["train_seconds"] > 0
+
+        saved = torch.load(folder / "model.pt", weights_only=True)
+        assert saved.keys() == {"config", "model"} and saved["config"] == run["config"]
+        model = script.load(folder / "model.pt")
+        assert not model.training and same(model.state_dict(), saved["model"])
+        assert run["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+        lines = (folder / "losses.csv").read_text().splitlines()
+        assert lines[0] == "epoch,train_loss,val_loss" and len(lines) == 1 + epochs
+        rows = {row["epoch"]: row for row in run["validation"]}
+        for number, line in enumerate(lines[1:], 1):
+            epoch, train_loss, val_loss = line.split(",")
+            assert epoch == str(number) and re.fullmatch(r"\d+\.\d{7}", train_loss)
+            assert val_loss == str(rows[number]["loss"] if number in rows else "")
+        assert list(rows) == [epoch for epoch in range(1, epochs + 1) if val_loss_due(run, epoch)]
+
+        # The kept weights have the recorded losses, on the validation and on the test images.
+        kept = {name: value for name, value in rows[run["best_epoch"]].items() if name != "epoch"}
+        for split, recorded in ((data.val, kept), (data.test, run["test"])):
+            measured = common.test_loop(model, split)
+            assert measured.items() and {*measured} <= {*recorded}
+            for name, value in measured.items():
+                assert recorded[name] == pytest.approx(value, rel=1e-4)
+        assert kept["loss"] != pytest.approx(run["test"]["loss"], rel=1e-3)
+
+
+def val_loss_due(run, epoch):
+    return epoch % run["config"]["val_every"] == 0 or epoch == run["config"]["epochs"]
+
+
+def test_a_seed_decides_a_run_whatever_ran_before(studies, again, here, tmp_path, no_figures):
+    first, second = (weights(studies.out / "vae" / f"seed{seed}") for seed in (0, 1))
+    assert not same(first, second)
+    for script, name in ((vae, "seed1"), (conv_ae, "latent003-seed1")):
+        own = dict(STUDIES)[script] + (["--latents", "3"] if script is conv_ae else [])
+        script.main([*here, "--out", str(tmp_path / "alone"), *own, "--seed", "1", "--seeds", "1"])
+        alone = weights(tmp_path / "alone" / script.__name__ / name)
+        assert same(alone, weights(studies.out / script.__name__ / name))
+    own = ["--strategies", "frozen", "--labels", "20", "--seed", "1", "--seeds", "1"]
+    shutil.rmtree(tmp_path / "out" / "classifier")
+    classifier.main([*again[classifier], *own])
+    name = "classifier/frozen-labels20-seed1"
+    assert same(weights(tmp_path / "out" / name), weights(studies.out / name))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_eval_confirms_every_run_and_writes_nothing(script, again, tmp_path, capsys):
+    before = files(tmp_path / "out")
+    script.main([*again[script], "--eval"])
+    printed = capsys.readouterr().out
+    folders = [path.parent for path in (tmp_path / "out" / script.__name__).glob("*/model.pt")]
+    assert printed.count(": confirmed: ") == len(folders)
+    assert all(f"{folder}: confirmed: loss" in printed for folder in folders)
+    assert files(tmp_path / "out") == before
+    if script is not vae:
+        return
+    for name, change in (("alpha", ["--alpha", "0.1"]), ("lr", ["--lr", "0.1"])):
+        assert f"made with {name} " in failure(script.main, [*again[script], "--eval", *change])
+    assert "no model.pt" in failure(script.main, [*again[script], "--eval", "--seed", "7"])
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_eval_refuses_each_changed_metric_and_allows_what_another_device_rounds(
+    script, again, tmp_path
+):
+    folder = sorted((tmp_path / "out" / script.__name__).glob("*seed0"))[0]
+    run = metrics(folder)
+    for name, value in run["test"].items():
+        changed = {**run, "test": {**run["test"], name: value * 1.001 + 1e-9}}
+        (folder / "metrics.json").write_text(json.dumps(changed))
+        message = failure(script.main, [*again[script], "--eval"])
+        assert str(folder) in message and f" {name} is " in message
+    missing = dict(run["test"])
+    del missing["loss"]
+    for test in (missing, {**run["test"], "f1": 0.5}):
+        (folder / "metrics.json").write_text(json.dumps({**run, "test": test}))
+        assert re.search(" (loss|f1) is ", failure(script.main, [*again[script], "--eval"]))
+    rounded = {name: value * 1.0003 for name, value in run["test"].items()}
+    (folder / "metrics.json").write_text(json.dumps({**run, "test": rounded}))
+    script.main([*again[script], "--eval"])
+
+
+def test_eval_refuses_the_weights_of_another_run_and_other_data(again, tmp_path, monkeypatch, data):
+    first, second = (tmp_path / "out" / "vae" / f"seed{seed}" for seed in (0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "load_data", lambda *args: data._replace(test=data.val))
+        assert "not those of that run" in failure(vae.main, [*again[vae], "--eval"])
+    shutil.copy(second / "model.pt", first / "model.pt")
+    assert f"{first}: " in failure(vae.main, [*again[vae], "--eval"])
+
+
+def test_eval_confirms_the_runs_whose_weights_are_there(again, tmp_path, capsys):
+    study = tmp_path / "out" / "classifier"
+    for path in study.glob("*/model.pt"):
+        if path.parent.name not in ("scratch-labels200-seed0", "frozen-labels200-seed0"):
+            path.unlink()
+    classifier.main([*again[classifier], "--eval"])
+    assert capsys.readouterr().out.count("confirmed") == 2
+    shutil.rmtree(tmp_path / "out" / "conv_ae")  # what git holds: no encoder of any other seed
+    (study / "frozen-labels200-seed0" / "model.pt").unlink()
+    classifier.main([*again[classifier], "--eval"])
+    assert capsys.readouterr().out.count("confirmed") == 1
+
+
+class Code:
+    """A pickle of it calls `touch` when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "model.pt", "checkpoint.pt"])
+def test_missing_and_damaged_files_are_refused_by_name_and_stay(name, again, tmp_path):
+    folder = tmp_path / "out" / "vae" / "seed0"
+    path, argv = folder / name, [*again[vae], "--eval"]
+    if name == "checkpoint.pt":
+        argv[-1] = "--resume"
+        content = {"config": metrics(folder)["config"], "code": metrics(folder)["code"]}
+        torch.save({**content, "history": []}, path)
+    content = path.read_bytes()
+    damages = [b"", content[: len(content) // 2], content[1:], b"[]", b"{}", b"\xff\xfe"]
+    for damage in damages:
+        path.write_bytes(damage)
+        message = failure(vae.main, argv)
+        assert str(path) in message and path.read_bytes() == damage
+    if name.endswith(".pt"):
+        saved = {
+            **torch.load(io.BytesIO(content), weights_only=True),
+            "more": Code(tmp_path / "ran"),
+        }
+        torch.save(saved, path)
+        torch.load(path, weights_only=False)
+        (tmp_path / "ran").unlink()  # it does run where it is allowed to
+        assert str(path) in failure(vae.main, argv)
+        assert not (tmp_path / "ran").exists()
+    if name == "model.pt":
+        other = {"config": metrics(folder)["config"], "model": {"mu.weight": torch.zeros(9, 64)}}
+        torch.save(other, path)
+        assert str(path) in failure(vae.main, argv)
+    elif name == "metrics.json":
+        path.unlink()
+        assert str(path) in failure(vae.main, argv)
+
+
+def test_resume_keeps_complete_runs_and_refuses_another_config_by_name(
+    again, tmp_path, capsys, no_figures
+):
+    study = tmp_path / "out" / "vae"
+    before = files(study)
+    vae.main([*again[vae], "--resume"])
+    runs = [path for path in before if path.parent != study]
+    assert len(runs) == 6 and {**files(study), **{path: before[path] for path in runs}} == files(
+        study
+    )
+    printed = capsys.readouterr().out
+    assert "seed0: complete" in printed and "seed1: complete" in printed and "epoch" not in printed
+    before = files(tmp_path / "out")
+    for name, change in (("lr", "0.1"), ("epochs", "9"), ("alpha", "0.1"), ("latent", "3")):
+        message = failure(vae.main, [*again[vae], "--resume", f"--{name}", change])
+        assert f"{study / 'seed0'} was made with {name} " in message
+        assert message.split(", not ")[1].startswith(f"{change}:")
+    assert files(tmp_path / "out") == before
+    vae.main([*again[vae], "--seeds", "1"])  # without --resume it trains anew and says so
+    assert "will replace" in capsys.readouterr().out
+    assert (study / "seed0" / "model.pt").stat().st_mtime_ns > before[study / "seed0" / "model.pt"][
+        0
+    ]
+
+
+def test_resume_refuses_a_checkpoint_of_another_config_by_name(flags, monkeypatch):
+    interrupt(monkeypatch, vae.VAE, STEPS + 2, vae.main, flags)
+    for name, change in (("lr", "0.1"), ("epochs", "9"), ("patience", "0")):
+        message = failure(vae.main, [*flags, "--resume", f"--{name}", change])
+        assert f"checkpoint.pt was made with {name} " in message
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_resume_refuses_other_code_but_not_other_comments(
+    finished, flags, tmp_path, monkeypatch, no_figures
+):
+    if finished:
+        vae.main(flags)
+    else:
+        interrupt(monkeypatch, vae.VAE, STEPS + 2, vae.main, flags)
+    resume = [*flags, "--resume"]
+    line = "recon = F.l1_loss(reconstruction, images)"
+    for old, new in (
+        ("recon + self.alpha * kl", "recon + 2 * self.alpha * kl"),
+        (line, "recon = F.mse_loss(reconstruction, images)"),
+        ("nn.Sigmoid(),", "nn.Hardsigmoid(),"),
+    ):
+        script = edited(tmp_path, monkeypatch, vae, old, new)
+        assert "was made with code " in failure(script.main, resume)
+    for old, new in (
+        ("average.lerp_(latest, 1 - decay)", "average.copy_(latest)"),
+        ("return config.lr * min(rising, 1, falling)", "return config.lr * min(1, falling)"),
+    ):
+        other = edited(tmp_path, monkeypatch, common, old, new)
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "train_loop", other.train_loop)
+            patch.setattr(common, "learning_rate", other.learning_rate)
+            assert "was made with code " in failure(vae.main, resume)
+    comment = f"# A comment.\n        {line}  # another one"
+    script = edited(tmp_path, monkeypatch, vae, line, comment)
+    monkeypatch.setattr(common, "train_loop", copy.copy(common.train_loop))
+    script.main(resume)
+    assert (tmp_path / "out" / "vae" / "README.md").exists()
+
+
+def test_docstrings_and_comments_do_not_count_as_code(tmp_path, monkeypatch):
+    network = Path(vae.__file__).read_text(encoding="utf-8")
+    docstring = next(part for part in network.split('"""')[3::2] if "Gaussian" in part)
+    other = edited(tmp_path, monkeypatch, vae, docstring, "Other words.\n\n    And more.")
+    assert common.source(other.VAE) == common.source(vae.VAE)
+    assert common.code_hash(other.VAE(other.Config())) == common.code_hash(vae.VAE(vae.Config()))
+
+
+def test_an_out_that_is_a_file_ends_in_one_line(flags, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    message = failure(vae.main, flags)
+    assert str(tmp_path / "out") in message and (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_earlier_results_intact(
+    again, tmp_path, monkeypatch
+):
+    resource = pytest.importorskip("resource")
+    before, limits = files(tmp_path / "out"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as on a full disk
+    try:
+        message = failure(vae.main, again[vae])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path / "out" / "vae" / "seed0") in message and "space" in message
+    assert files(tmp_path / "out") == before  # and no part of a file is left
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file.json"
+    common.save(path, {"old": 1})
+    assert json.loads(path.read_text()) == {"old": 1}
+
+    def stop(self, content):
+        path.with_name("part").write_bytes(b"")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", stop)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(common.os, "replace", lambda *paths: pytest.fail("moved"))
+        patch.setattr(Path, "write_bytes", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        common.save(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1} and len(list(path.parent.iterdir())) == 1
+
+
+# studies: many runs, then a summary ---------------------------------------------------------------
+
+
+def fake_run(test, parameters=9, **config):
+    return {"config": config, "parameters": parameters, "test": test}
+
+
+def test_a_summary_has_a_row_for_each_setting_with_means_over_its_seeds():
+    runs = [
+        fake_run({"loss": 4.0}, size=5, kind="b", seed=0),
+        fake_run({"loss": 1.0}, size=3, kind="a", seed=0, parameters=7),
+        fake_run({"loss": 2.0}, size=5, kind="b", seed=1),
+        fake_run({"loss": 6.0}, size=5, kind="a", seed=0),
+    ]
+    keys = ("size", "kind", "n", "parameters", "loss_mean", "loss_std")
+    rows = [(3, "a", 1, 7, 1.0, None), (5, "a", 1, 9, 6.0, None)]
+    rows.append((5, "b", 2, 9, 3.0, pytest.approx(math.sqrt(2))))
+    summary = common.summarize(runs, ["size", "kind"])
+    assert summary == [dict(zip(keys, row)) for row in rows]
+    assert list(summary[0]) == list(keys)
+    (row,) = common.summarize(runs[:3:2], [])
+    assert row == {"n": 2, "parameters": 9, "loss_mean": 3.0, "loss_std": rows[2][5]}
+    assert common.mean_std("x", [None, 1.0]) == {"x_mean": None, "x_std": None}
+
+
+def test_a_table_shows_four_digits_and_standard_deviations_with_the_same_decimals():
+    summary = [
+        {"size": 1234, "kind": "a", "loss_mean": 0.0745678, "loss_std": 0.00012, "gain_mean": None},
+        {"size": 5, "kind": "bb", "loss_mean": 12.3456, "loss_std": None, "gain_mean": 0.5},
+    ]
+    assert common.format_table(summary).splitlines() == [
+        "| size  | kind | loss              | gain   |",
+        "| ----- | ---- | ----------------- | ------ |",
+        "| 1,234 | a    | 0.07457 ± 0.00012 |        |",
+        "| 5     | bb   | 12.35             | 0.5000 |",
+    ]
+
+
+@pytest.mark.parametrize("script, own", STUDIES)
+def test_a_study_writes_its_metrics_figures_and_report(script, own, studies):
+    folder = studies.out / script.__name__
+    study = metrics(folder)
+    assert study.keys() == {"config", "summary", "runs"}
+    varies = {vae: {"seed"}, conv_ae: {"seed", "latent"}}.get(script)
+    varies = varies or {"seed", "labels", "strategy", "encoder_hash"}
+    runs = {path.name: metrics(path) for path in run_folders(studies, script)}
+    assert [run["folder"] for run in study["runs"]] == sorted(runs, key=expected_order)
+    for line in study["runs"]:
+        whole = runs[line["folder"]]
+        own_keys = {"parameters", "epochs_run", "best_epoch", "train_seconds", "test"}
+        assert line.keys() == {"folder", *varies, *own_keys}
+        assert all(line[name] == whole[name] for name in own_keys)
+        assert all(line[name] == whole["config"][name] for name in varies)
+        together = {**study["config"], **{name: line[name] for name in varies}}
+        assert together == whole["config"] and not varies & study["config"].keys()
+
+    settings = [name for name in ("latent", "labels", "strategy") if name in varies]
+    assert len(study["summary"]) == len(runs) // 2
+    for row in study["summary"]:
+        same_setting = [
+            run["test"]
+            for run in runs.values()
+            if all(run["config"][name] == row[name] for name in settings)
+        ]
+        assert row["n"] == len(same_setting) == 2
+        for name in TEST_KEYS[script]:
+            values = [test[name] for test in same_setting]
+            assert row[f"{name}_mean"] == pytest.approx(statistics.mean(values))
+            assert row[f"{name}_std"] == pytest.approx(statistics.stdev(values))
+
+    report = (folder / "README.md").read_text(encoding="utf-8")
+    command = re.search("`(.*)`", report)[1]
+    assert command.split()[:2] == ["python", f"{script.__name__}.py"]
+    assert shlex.split(command)[2:] == [
+        *("--data", shlex.split(command)[3], "--out", str(studies.out), "--device", "cpu"),
+        *own,
+    ]
+    table = common.format_table(study["summary"])
+    assert f"\n\n{table}\n\n" in report
+    assert studies.printed[script].endswith(f"\n{table}\nfiles in {folder}\n")
+    links = set(re.findall(r"!\[.+\]\((.+)\)", report))
+    assert links == FIGURES[script] <= {path.name for path in folder.iterdir()}
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in links)
+    page = {"explorer.html"} if script is vae else set()
+    written = {path.name for path in folder.iterdir() if path.is_file()}
+    assert written == {"metrics.json", "README.md", *links, *page}
+
+
+STRATEGIES = ("scratch", "finetune", "frozen")
+FIGURES = {
+    vae: {"losses", "reconstructions", "samples", "latent_pairs", "interpolations"},
+    conv_ae: {"latent_vs_error", "reconstructions"},
+    classifier: {"learning_curves", "confusion_matrix"},
+}
+FIGURES = {script: {f"{name}.png" for name in names} for script, names in FIGURES.items()}
+
+
+def expected_order(name):
+    """The longest runs first: by size, then scratch, finetune, frozen, then seeds."""
+    first, *_ = name.split("-")
+    size = int(re.search(r"(?:latent|labels)?(\d+)", name)[1]) if "-" in name else 0
+    strategy = STRATEGIES.index(first) if first in STRATEGIES else 0
+    return -size, strategy, name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_terminal_shows_the_data_each_run_each_epoch_and_each_result(script, studies, dataset):
+    lines = studies.printed[script].splitlines()
+    assert lines[0] == f"data: {dataset / 'FashionMNIST' / 'raw'}"
+    folders = sorted((path.name for path in run_folders(studies, script)), key=expected_order)
+    places = [line for line in lines if line.startswith("--- ")]
+    count = len(folders)
+    expected = [f"--- {name}: run {i} of {count}" for i, name in enumerate(folders, 1)]
+    assert places == expected
+    for name in folders:
+        run = metrics(studies.out / script.__name__ / name)
+        epochs = [line for line in lines if line.startswith(f"{name}  epoch ")]
+        assert len(epochs) == run["epochs_run"]
+        for row in run["validation"]:
+            shown = " ".join(f"{key} {row[key]:.5f}" for key in row if key != "epoch")
+            assert f"  val {shown}  " in epochs[row["epoch"] - 1]
+        assert all(re.search(r"  \d+\.\d\d s, \d+m\d\ds left$", line) for line in epochs)
+        assert f"{name}: test loss {run['test']['loss']:.5f} " in "\n".join(lines)
+
+
+def test_a_study_covers_the_runs_of_its_command_whatever_else_lies_there(
+    again, tmp_path, monkeypatch, no_figures
+):
     study = tmp_path / "out" / "conv_ae"
-    conv_ae.main(flags + ["--latents", "3", "32", "--seeds", "2"])
-    assert contents(study).keys() == {"metrics.json", "latent_vs_error.png", "reconstructions.png"}
-    runs = {f"latent{latent:03d}-seed{seed}" for latent in (3, 32) for seed in (0, 1)}
-    assert {path.name for path in study.iterdir() if path.is_dir()} == runs
-    assert all(contents(study / run).keys() == {"losses.csv", "metrics.json", "model.pt"} for run in runs)
-    assert metrics(study / "latent003-seed1")["test"].keys() == {"loss", "mse", "l1"}
-    stamp = (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns
-    assert [(row["latent"], row["n"]) for row in metrics(study)["summary"]] == [(3, 2), (32, 2)]
-    conv_ae.main(flags + ["--latents", "5", "--resume"])  # one more size costs one run
-    assert [row["latent"] for row in metrics(study)["summary"]] == [3, 5, 32]
-    assert (study / "latent003-seed1" / "model.pt").stat().st_mtime_ns == stamp
-    conv_ae.main(flags + ["--eval"])
-    assert capsys.readouterr().out.count("confirmed") == 5
-    other = flags + ["--latents", "3", "--epochs", "4", "--resume"]
-    assert "with epochs 3, not 4" in fails(conv_ae.main, other, capsys, 1)
-    (study / "latent003-seed0" / "model.pt").unlink()
-    conv_ae.main(flags + ["--latents", "5", "--resume"])
-    assert "reconstructions.png is left as it was: no model.pt in" in capsys.readouterr().out
+    for name in ("metrics.json", "model.pt"):
+        (study / "latent003-seed0" / name).write_bytes(b"damaged")
+    conv_ae.main(
+        [*again[conv_ae], "--latents", "32", "4", "--seed", "1", "--seeds", "1", "--resume"]
+    )
+    covered = [run["folder"] for run in metrics(study)["runs"]]
+    assert covered == ["latent032-seed1", "latent004-seed1"]
+    assert [row["latent"] for row in metrics(study)["summary"]] == [4, 32]
+    assert (study / "latent003-seed0" / "model.pt").read_bytes() == b"damaged"
 
-@pytest.fixture
-def encoder(flags, tmp_path):
-    conv_ae.main(flags + ["--latents", "32"])
-    return tmp_path / "out" / "conv_ae" / "latent032-seed0" / "model.pt"
+
+def test_processes_share_a_study_and_the_last_one_sums_up_the_same_bytes(
+    flags, tmp_path, capsys, monkeypatch, no_figures
+):
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    flags += ["--epochs", "1", "--seeds", "3"]
+    study = tmp_path / "out" / "vae"
+    vae.main(flags)
+    alone = {path: content for path, (_, content) in files(study).items()}
+    shutil.rmtree(study)
+    monkeypatch.setattr(common, "WORLD_SIZE", 2)
+    shares = []
+    for rank in (1, 0):
+        monkeypatch.setattr(common, "RANK", rank)
+        capsys.readouterr()
+        vae.main(flags)
+        printed = capsys.readouterr().out
+        shares.append(re.findall(r"^--- (seed\d): run", printed, re.MULTILINE))
+        if rank == 1:
+            assert "1 of 3 runs are complete" in printed
+            assert [path.name for path in study.iterdir()] == ["seed1"]
+    assert shares == [["seed1"], ["seed0", "seed2"]]
+    assert {path: content for path, (_, content) in files(study).items()} == alone
+
+
+def test_only_torchrun_numbers_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # left over from something else
+    old = "RANK, WORLD_SIZE = 0, 1" if "RANK, WORLD_SIZE = 0, 1" in source_of(common) else ""
+    other = edited(tmp_path, monkeypatch, common, old or "(RANK, WORLD_SIZE) = (0, 1)", NO_RANK)
+    assert (other.RANK, other.WORLD_SIZE) == (0, 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    other = edited(tmp_path, monkeypatch, common, old or "(RANK, WORLD_SIZE) = (0, 1)", NO_RANK)
+    assert (other.RANK, other.WORLD_SIZE) == (1, 2)
+
+
+NO_RANK = "RANK, WORLD_SIZE = 0, 1  # the same"
+
+
+def source_of(module):
+    return Path(module.__file__).read_text(encoding="utf-8")
+
+
+def test_runs_of_other_code_or_config_are_not_summed_up(again, tmp_path, capsys):
+    study = tmp_path / "out" / "vae"
+    runs = {study / f"seed{seed}": metrics(study / f"seed{seed}") for seed in (0, 1)}
+    configs = {folder: vae.Config(**run["config"]) for folder, run in runs.items()}
+    found = common.read_runs(configs)
+    assert [run["folder"] for run in found] == ["seed0", "seed1"]
+    assert found[1] == {"folder": "seed1", **runs[study / "seed1"]}
+    other = {study / "seed0": configs[study / "seed0"], study / "seed1": vae.Config(seed=1)}
+    assert common.read_runs(other) is None and "1 of 2" in capsys.readouterr().out
+    changed = {**runs[study / "seed1"], "code": "other"}
+    (study / "seed1" / "metrics.json").write_text(json.dumps(changed))
+    assert common.read_runs(configs) is None
+    (study / "seed1" / "metrics.json").write_text(json.dumps(runs[study / "seed1"]))
+    (study / "seed1" / "checkpoint.pt").touch()  # a run that replaces it has begun
+    assert common.read_runs(configs) is None
+
+
+# figures ------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_images_has_each_in_its_place_with_its_label(data):
+    images, names = common.one_of_each_class(data.test)
+    assert torch.equal(images, data.test.images[:10]) and len(names) == 10  # labels 0 to 9
+    assert names[0].split() == ["T-shirt/", "top"] and names[9].split() == ["Ankle", "boot"]
+    rows = torch.stack([images, 1 - images])
+    figure = common.image_grid(rows, ["first", "second"], names)
+    (axes,) = figure.axes
+    picture = torch.tensor(axes.images[0].get_array())
+    for row, column in ((0, 0), (1, 3), (0, 9)):
+        tile = picture[30 * row + 1 : 30 * row + 29, 30 * column + 1 : 30 * column + 29]
+        assert torch.equal(tile, rows[row, column, 0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == names
+
+
+# simulated MPS ------------------------------------------------------------------------------------
+
 
 class SimulatedMPS(torch.overrides.TorchFunctionMode):
-    """A device on the CPU that behaves like a Mac's GPU: its own draws, no float64, no `mode`, no numpy, no mixing."""
+    """A device on the CPU that behaves like a Mac's GPU: its own random numbers, no float64, no
+    `mode`, no numpy, no operation on tensors of two devices."""
+
     LACKS = ("mode", "numpy", "__array__", "multinomial", "eigh", "svd", "double")
-    MIXES = ("copy_", "__get__", "__set__", "_has_compatible_shallow_copy_type", "_fused_adamw_")  # unseen gradients
+    # With gradients, that it does not see, or that torch allows:
+    MIXES = ("copy_", "__get__", "__set__", "_has_compatible_shallow_copy_type", "_fused_adamw_")
 
     def __init__(self):
         super().__init__()
@@ -347,365 +1279,618 @@ class SimulatedMPS(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, dict(kwargs or {})
+
         def flat(value):
-            inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            return [value] if isinstance(value, torch.Tensor) else [t for part in inner for t in flat(part)]
+            if isinstance(value, torch.Tensor):
+                return [value]
+            parts = value.values() if isinstance(value, dict) else value
+            return (
+                [t for p in parts for t in flat(p)]
+                if isinstance(value, dict | list | tuple)
+                else []
+            )
+
         tensors = flat([args, kwargs])
-        here = [tensor.untyped_storage().data_ptr() in self.storages for tensor in tensors]
-        if func == torch.Tensor.device.__get__ and here[0]:
+        known = [tensor.untyped_storage().data_ptr() in self.storages for tensor in tensors]
+        if func == torch.Tensor.device.__get__ and known[0]:
             return torch.device("mps")
         if name == "_parse_to":
             return func(*args, **kwargs)
-        target = [part.type for part in (*args, *kwargs.values()) if isinstance(part, torch.device)]
-        args = tuple(CPU if isinstance(part, torch.device) else part for part in args)
-        kwargs = {key: CPU if isinstance(part, torch.device) else part for key, part in kwargs.items()}
+        target = [p.type for p in (*args, *kwargs.values()) if isinstance(p, torch.device)]
+        args = tuple(CPU if isinstance(p, torch.device) else p for p in args)
+        kwargs = {key: CPU if isinstance(p, torch.device) else p for key, p in kwargs.items()}
         leaves = name in ("cpu", "item", "tolist") or target == ["cpu"]
-        if any(here) and not leaves:
+        if any(known) and not leaves:
             assert name not in self.LACKS, f"{name} on MPS"
-            alone = all(known or not tensor.dim() for known, tensor in zip(here, tensors))
-            assert alone or name in self.MIXES or name == "__getitem__" and here[0], f"{name} of tensors on two devices"
-        arrives = not leaves and (target == ["mps"] or any(here))
-        if arrives:  # the device draws from a generator of its own
+            alone = all(own or not tensor.dim() for own, tensor in zip(known, tensors))
+            allowed = name in self.MIXES or name == "__getitem__" and known[0]
+            assert alone or allowed, f"{name} of tensors on two devices"
+        arrives = not leaves and (target == ["mps"] or any(known))
+        if arrives:  # the device has a generator of its own
             cpu = torch.get_rng_state()
             torch.set_rng_state(self.rng)
         result = func(*args, **kwargs)
         if arrives:
             self.rng = torch.get_rng_state()
             torch.set_rng_state(cpu)
-        if name in ("to", "cpu") and any(here) != arrives:
-            result = result.clone(memory_format=torch.preserve_format)  # a copy on the other device
+        if name in ("to", "cpu") and any(known) != arrives:  # a copy on the other device
+            result = result.clone(memory_format=torch.preserve_format)
         for tensor in flat(result) if arrives else ():
             assert tensor.dtype != torch.float64, f"float64 from {name}"
             self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return result
 
-@pytest.mark.parametrize("script, own", [
-    (vae, []), (conv_ae, ["--latents", "32"]), (classifier, ["--labels", "50", "--seeds", "1"])])
-def test_on_a_simulated_mps_all_runs_and_eval_confirms_on_the_cpu(
-        script, own, flags, encoder, tmp_path, capsys, monkeypatch, request):
-    genuine = common.parse_args
-    with monkeypatch.context() as patched, SimulatedMPS():
-        patched.setattr(common, "parse_args", lambda *given: argparse.Namespace(
-            **{**vars(genuine(*given)), "device": torch.device("mps")}))
-        script.main(flags + own)
-        model = conv_ae.to_device(conv_ae.Autoencoder(8), torch.device("mps"))
-        assert model.encoder.features[4].weight.is_contiguous()  # in channels_last gradients were wrong there
-    script.main(flags + ["--eval"])
-    assert "confirmed" in capsys.readouterr().out
-    if script is vae:  # nothing but batches and noise is drawn, and the CPU draws both
-        request.getfixturevalue("no_figures")
-        vae.main(flags + ["--out", str(tmp_path / "cpu")])
-        assert contents(tmp_path / "cpu" / "vae")["losses.csv"] == contents(tmp_path / "out" / "vae")["losses.csv"]
 
-def test_label_subsets_are_balanced_and_nested():
+@pytest.mark.parametrize(
+    "script, own",
+    [
+        (vae, []),
+        (conv_ae, ["--latents", "32", "--seeds", "1"]),
+        (classifier, ["--labels", "20", "--seeds", "1", "--epochs", "1"]),
+    ],
+)
+def test_a_run_on_a_simulated_mac_is_confirmed_by_the_cpu(
+    script, own, flags, studies, tmp_path, capsys, monkeypatch, request
+):
+    flags += [*own, "--encoder", str(studies.encoder)] if script is classifier else own
+    genuine = common.parse_args
+
+    def parse_args(*given):
+        args = genuine(*given)
+        args.device = torch.device("mps")
+        return args
+
+    with monkeypatch.context() as patch, SimulatedMPS():
+        patch.setattr(common, "parse_args", parse_args)
+        script.main(flags)
+        model = conv_ae.to_device(conv_ae.Autoencoder(8), torch.device("mps"))
+        assert model.encoder.features[4].weight.is_contiguous()  # see conv_ae.to_device
+    script.main([*flags, "--eval"])
+    assert "confirmed" in capsys.readouterr().out
+    if script is vae:  # nothing but batches and noise is random, and the CPU draws both
+        request.getfixturevalue("no_figures")
+        vae.main([*flags, "--out", str(tmp_path / "cpu")])
+        losses = [tmp_path / name / "vae" / "seed0" / "losses.csv" for name in ("cpu", "out")]
+        assert losses[0].read_bytes() == losses[1].read_bytes()
+
+
+# vae ----------------------------------------------------------------------------------------------
+
+
+def random_data(train=120, val=90, test=70):
+    """Images and labels of pure noise: no two splits have the same metrics."""
+    sizes = (train, val, test)
+    return common.Data(
+        *[common.Split(torch.rand(n, 1, 28, 28), torch.randint(10, (n,))) for n in sizes]
+    )
+
+
+def vote(index, labels, queries, truth):
+    """The accuracy of 10-NN, one query at a time."""
+    right = 0
+    for query, label in zip(queries, truth.tolist()):
+        nearest = (index - query).square().sum(1).argsort()[:10]
+        right += torch.bincount(labels[nearest]).argmax().item() == label
+    return right / len(queries)
+
+
+def test_the_vae_is_the_given_network_with_kaiming_initialisation():
+    model = vae.VAE(vae.Config())
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    shapes = [(784, 128), (128, 64), (64, 8), (64, 8), (8, 64), (64, 128), (128, 784)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == shapes
+    slopes = [layer.negative_slope for layer in model.modules() if isinstance(layer, nn.LeakyReLU)]
+    assert slopes == [0.01] * 4
+    for layer in layers:
+        std = math.sqrt(2 / (1 + 0.01**2) / layer.in_features)
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert not layer.bias.any()
+    images = torch.rand(5, 1, 28, 28)
+    reconstruction, mu, logvar = model(images)
+    assert reconstruction.shape == images.shape and mu.shape == logvar.shape == (5, 8)
+    assert reconstruction.min() >= 0 and reconstruction.max() <= 1
+
+
+def test_the_kl_is_that_of_torch_distributions():
+    mu, logvar = torch.randn(2, 7, 8, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    prior = normal(torch.zeros(()).double(), torch.ones(()).double())
+    expected = torch.distributions.kl_divergence(normal(mu, (0.5 * logvar).exp()), prior)
+    assert torch.allclose(vae.VAE(vae.Config()).kl(mu, logvar), expected)
+
+
+def test_the_vaes_loss_is_l1_plus_alpha_times_the_kl_summed_over_dimensions(monkeypatch):
+    model, images = vae.VAE(vae.Config(alpha=0.25)), torch.rand(5, 1, 28, 28)
+    monkeypatch.setattr(torch, "randn", torch.zeros)  # z = mu
+    losses = model.loss(images, None)
+    mu, logvar = model.encode(images)
+    recon = (model.decode(mu) - images).abs().sum() / (5 * 784)
+    kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum() / 5
+    assert torch.allclose(losses["recon"], recon) and torch.allclose(losses["kl"], kl)
+    assert torch.allclose(losses["loss"], recon + 0.25 * kl)
+
+
+def test_bounds_act_only_on_unusual_images():
+    model, images = vae.VAE(vae.Config()), torch.rand(100, 1, 28, 28) / 2
+    h = model.encoder(images)
+    mu, logvar = model.encode(images)
+    assert torch.equal(mu, model.mu(h)) and torch.equal(logvar, model.logvar(h).clamp(max=1))
+    with torch.no_grad():
+        model.mu.bias += torch.tensor([1e6, -1e6]).repeat(4)
+        model.logvar.bias += torch.tensor([1e6, 1e6, -1e6, -1e6]).repeat(2)
+    mu, logvar = model.encode(images)
+    assert torch.equal(mu, torch.tensor([10.0, -10.0]).repeat(100, 4))
+    assert torch.equal(logvar, torch.tensor([1.0, 1.0, -20.0, -20.0]).repeat(100, 2))
+    assert model.kl(mu, logvar).max().item() == pytest.approx(59.5)  # as the docstring says
+
+
+def test_latent_samples_have_the_moments_of_the_posterior_and_pass_gradients():
+    mu = torch.full((200_000, 1), 3.0, requires_grad=True)
+    logvar = torch.full((200_000, 1), math.log(0.25), requires_grad=True)
+    z = vae.VAE(vae.Config()).reparameterize(mu, logvar)
+    assert abs(z.mean() - 3.0) < 0.01 and abs(z.std() - 0.5) < 0.01
+    z.sum().backward()
+    assert torch.equal(mu.grad, torch.ones_like(mu))
+    assert torch.allclose(logvar.grad, (z - mu).detach() / 2, atol=1e-6)
+
+
+def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_index():
+    data, model = random_data(), vae.VAE(vae.Config())
+    test = vae.evaluate(model, data)["test"]
+    with torch.no_grad():
+        mu, logvar = model.encode(data.test.images)
+        train_mu, _ = model.encode(data.train.images)
+    expected = vote(train_mu, data.train.labels, mu, data.test.labels)
+    assert test["latent_knn_accuracy"] == pytest.approx(expected)
+    assert expected != pytest.approx(vote(mu, data.test.labels, mu, data.test.labels))
+    kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1)
+    assert test["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert test["kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
+    assert test["loss"] == pytest.approx(test["recon"] + 1e-3 * test["kl"], rel=1e-5)
+
+
+def test_the_vae_learns_and_warms_up_for_at_most_25_steps_an_epoch(studies, here, started):
+    for seed in (0, 1):
+        run = metrics(studies.out / "vae" / f"seed{seed}")
+        assert run["config"]["warmup_steps"] == 75
+        losses = (studies.out / "vae" / f"seed{seed}" / "losses.csv").read_text().split()
+        assert float(losses[3].split(",")[1]) < 0.8 * float(losses[1].split(",")[1])
+    vae.main([*here, "--warmup-steps", "10", "--epochs", "5"])
+    assert started["seed0"].config.warmup_steps == 10
+
+
+@pytest.mark.parametrize("latent", [1, 2, 16])
+def test_a_vae_of_any_latent_size_ends_with_all_figures(latent, here, tmp_path):
+    vae.main([*here, "--epochs", "1", "--latent", str(latent)])
+    study = tmp_path / "out" / "vae"
+    assert {path.name for path in study.glob("*.png")} == FIGURES[vae]
+    assert (study / "explorer.html").exists()
+    assert vae.load(study / "seed0" / "model.pt").mu.out_features == latent
+
+
+class SmoothVAE(vae.VAE):
+    def __init__(self, config):
+        super().__init__(config)
+        self.decoder[1] = nn.Softplus()
+
+
+def test_a_layer_that_the_explorer_page_lacks_gives_no_page_and_says_so(
+    flags, tmp_path, capsys, monkeypatch, no_figures
+):
+    monkeypatch.setattr(vae, "VAE", SmoothVAE)
+    vae.main(flags)
+    assert "no explorer.html: the page has no Softplus" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "vae" / "explorer.html").exists()
+    assert (tmp_path / "out" / "vae" / "README.md").exists()
+
+
+BEFORE = "<script>var errors = []; console.error = onerror = text => errors.push(text);</script>"
+AFTER = """<script>
+const picture = () => document.querySelector("canvas#image").toDataURL(), pictures = [picture()];
+const [slider, ...others] = document.querySelectorAll("input[type=range]");
+slider.value = slider.max;
+slider.dispatchEvent(new Event("input"));
+pictures.push(picture());
+document.querySelector("#classes button:last-child").click();
+setTimeout(() => {
+  const report = {pictures: [...pictures, picture()], decoded: POINTS.map(decode), errors, others,
+                  list: document.querySelector("#list").textContent};
+  document.body.textContent = JSON.stringify(report);
+}, 1500);
+</script>"""
+
+
+def test_the_explorer_page_decodes_like_the_model_in_a_browser(data, tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if not browser:
+        pytest.skip("there is no Chromium here")
+    model = vae.VAE(vae.Config())
+    model.decoder[1], model.decoder[3] = nn.ReLU(), nn.LeakyReLU(0.3)
+    with torch.no_grad():
+        mu = model.encode(data.train.images)[0]
+        prototypes = torch.stack([mu[data.train.labels == label].mean(0) for label in range(10)])
+        page = vae.explorer(model, mu, prototypes, data.test.images[:10])
+        points = torch.cat([prototypes, torch.randn(10, 8)])
+        expected = model.decode(points).flatten(1)
+    page = page.replace("<title>", f"{BEFORE}<title>")
+    page += AFTER.replace("POINTS", json.dumps(points.tolist()))
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    own = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000"]
+    own += ["--force-prefers-reduced-motion", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [browser, *own, "--dump-dom", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    if "A VAE's latent space" not in done.stdout:
+        pytest.skip("Chromium could not open the page")
+    report = json.loads(re.search("<body>(.*?)</body>", done.stdout, re.DOTALL)[1])
+    assert report["errors"] == [] and len(report["others"]) == 7
+    assert len(set(report["pictures"])) == 3
+    assert (torch.tensor(report["decoded"]) - expected).abs().max() < 1e-5
+    shown = torch.tensor(json.loads(report["list"]))  # of the last class, that was clicked
+    assert (shown - prototypes[-1]).abs().max() < 1e-3
+
+
+def test_the_explorer_page_holds_each_class_and_the_ranges_of_the_test_images(studies, data):
+    text = (studies.out / "vae" / "explorer.html").read_text(encoding="utf-8")
+    page = json.loads(re.search(r"const data = (\{.*\});", text)[1])
+    assert list(page["classes"]) == list(common.CLASSES)
+    model = vae.load(studies.out / "vae" / "seed0" / "model.pt")  # of the first seed
+    mu, labels = model.encode(data.train.images)[0], data.train.labels
+    test_mu = model.encode(data.test.images)[0]
+    for label, entry in enumerate(page["classes"].values()):
+        prototype = torch.tensor(entry["prototype"])
+        assert torch.allclose(prototype, mu[labels == label].mean(0), atol=1e-4)
+        assert torch.allclose(torch.tensor(entry["mu"]), test_mu[label], atol=1e-4)
+    assert len(page["low"]) == len(page["high"]) == len(page["histograms"]) == 8
+    assert max(page["low"]) <= -4 and min(page["high"]) >= 4
+    assert all(0 < sum(histogram) <= TEST for histogram in page["histograms"])
+
+
+# conv_ae ------------------------------------------------------------------------------------------
+
+
+def test_pca_is_that_of_a_direct_svd_and_the_summary_sets_it_beside_each_size():
+    data = random_data(train=200, test=50)
+    train, test = data.train.images.flatten(1).double(), data.test.images.flatten(1).double()
+    mean = train.mean(0)
+    basis = torch.linalg.svd(train - mean, full_matrices=False).Vh[:5]
+    centred = test - mean
+    expected = (centred - centred @ basis.T @ basis).square().mean().item()
+    runs = []
+    for size, mse in ((5, 0.1), (1024, 0.4), (5, 0.3)):
+        test_metrics = {"mse": mse, "l1": 2 * mse, "latent_knn_accuracy": mse}
+        runs.append(fake_run(test_metrics, latent=size))
+    five, large = conv_ae.summarize(runs, data)
+    assert five["pca_mse"] == pytest.approx(expected)
+    assert five["ratio"] == pytest.approx(0.2 / expected)
+    assert (five["n"], five["mse_mean"], five["l1_mean"]) == (
+        2,
+        pytest.approx(0.2),
+        pytest.approx(0.4),
+    )
+    assert large["pca_mse"] == pytest.approx(0, abs=1e-12) and large["ratio"] is None
+    pixels = vote(train, data.train.labels, test, data.test.labels)
+    assert five["pixel_knn_accuracy"] == large["pixel_knn_accuracy"] == pytest.approx(pixels)
+
+
+def test_the_autoencoder_has_one_encoder_for_any_latent_size():
+    images = torch.rand(3, 1, 28, 28)
+    for latent in (1, 32):
+        model = conv_ae.Autoencoder(latent)
+        assert model.encoder(images).shape == (3, latent)
+        assert model(images).shape == images.shape
+        assert model(images).min() >= 0 and model(images).max() <= 1
+        losses = model.eval().loss(images, None)
+        difference = model(images) - images
+        assert torch.allclose(losses["mse"], difference.square().mean())
+        assert torch.allclose(losses["l1"], difference.abs().mean())
+        assert torch.equal(losses["loss"], losses["mse"])
+    assert (
+        conv_ae.to_device(model, CPU)
+        .encoder.features[4]
+        .weight.is_contiguous(memory_format=torch.channels_last)
+    )
+    x = torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv_ae.Flatten()(x).view(2, 4, 5, 3), x.permute(0, 2, 3, 1))
+
+
+def test_the_autoencoders_evaluation_is_that_of_the_test_set_with_training_images_as_index():
+    data, model = random_data(), conv_ae.Autoencoder(4)
+    model(data.train.images)  # statistics of batch norm that differ from the initial ones
+    test = conv_ae.evaluate(model.train(), data)["test"]
+    with torch.no_grad():
+        assert not model.training
+        index, queries = model.encoder(data.train.images), model.encoder(data.test.images)
+        mse = (model(data.test.images) - data.test.images).square().mean().item()
+    expected = vote(index, data.train.labels, queries, data.test.labels)
+    assert test["latent_knn_accuracy"] == pytest.approx(expected)
+    assert expected != pytest.approx(vote(queries, data.test.labels, queries, data.test.labels))
+    assert test["mse"] == pytest.approx(mse, rel=1e-5)
+
+
+def test_where_pca_is_exact_the_study_shows_no_ratio(here, tmp_path):
+    conv_ae.main([*here, "--epochs", "1", "--latents", "1024", "4", "--seeds", "1"])
+    small, large = metrics(tmp_path / "out" / "conv_ae")["summary"]
+    assert large["latent"] == 1024 and large["ratio"] is None and small["ratio"] > 0
+    assert (tmp_path / "out" / "conv_ae" / "latent_vs_error.png").exists()
+
+
+def test_running_statistics_of_a_short_run_are_those_of_its_images(
+    here, tmp_path, data, no_figures
+):
+    argv = [*here, "--epochs", "2", "--batch-size", "20", *SCRATCH]
+    classifier.main(argv)
+    model = classifier.load(tmp_path / "out/classifier/scratch-labels200-seed0/model.pt")
+    own, batch = model(data.val.images), model.train().encoder(data.val.images)
+    batch = model.head.eval()(batch)
+    distance = (own.softmax(1) - batch.softmax(1)).abs().sum(1).mean() / 2  # in total variation
+    assert distance < 0.2
+
+
+# classifier ---------------------------------------------------------------------------------------
+
+
+def a_classifier(**changes):
+    own = {"strategy": "scratch", "labels": 50_000, "epochs": 30, **changes}
+    return classifier.Classifier(replace(classifier.Config(), **own))
+
+
+def test_label_subsets_are_balanced_nested_and_of_their_seed():
     labels = torch.arange(500) % 10
     subsets = [classifier.label_subset(labels, count, seed=3).tolist() for count in (20, 105, 300)]
     for subset, count in zip(subsets, (20, 105, 300)):
         shares = torch.bincount(labels[subset], minlength=10)
         assert len(set(subset)) == count and shares.max() - shares.min() <= 1
     assert set(subsets[0]) < set(subsets[1]) < set(subsets[2])
-    assert subsets[0] != classifier.label_subset(labels, 20, seed=4).tolist()
+    assert set(subsets[0]) != set(classifier.label_subset(labels, 20, seed=4).tolist())
 
-def augment(images, shift, erase):
-    """`images` shifted and erased with these probabilities."""
-    run = SimpleNamespace(epochs=30, labels=50_000, shift_epochs=30 / (shift or 1e-9), erase_epochs=30 / (erase + 1))
-    return classifier.augment(images, run)
+
+def test_runs_train_on_the_labels_of_their_seed_and_validate_on_all_images(
+    here, data, studies, started
+):
+    classifier.main([*here, "--labels", "20", "50", "200", "--encoder", str(studies.encoder)])
+    chosen = {}
+    for name, run in started.items():
+        images = {
+            bytes(image.tolist()) for image in (run.data.train.images * 255).byte().flatten(1)
+        }
+        strategy, count, seed = re.fullmatch(r"(\w+)-labels(\d+)-seed(\d)", name).groups()
+        assert len(images) == int(count)
+        pairs = zip(run.data.train.images, run.data.train.labels)
+        for image, label in itertools.islice(pairs, 5):
+            (place,) = (data.train.images == image).flatten(1).all(1).nonzero()[0]
+            assert data.train.labels[place] == label
+        assert images == chosen.setdefault((int(count), seed), images)  # for all strategies
+        for part, whole in ((run.data.val, data.val), (run.data.test, data.test)):
+            assert torch.equal(part.images, whole.images) and torch.equal(part.labels, whole.labels)
+        assert (run.config.strategy, run.config.labels) == (strategy, int(count))
+    assert chosen[20, "0"] < chosen[50, "0"] < chosen[200, "0"]
+    assert chosen[20, "0"] != chosen[20, "1"]
+
+
+def test_finetune_and_frozen_start_at_the_encoder_of_their_seed(again, studies, started):
+    classifier.main([*again[classifier], "--labels", "20"])
+    encoders = {}
+    for seed in (0, 1):
+        model = conv_ae.load(studies.out / "conv_ae" / f"latent032-seed{seed}" / "model.pt")
+        encoders[seed] = model.encoder.features.state_dict()
+    hashes = set()
+    for run in started.values():
+        start, seed = run.model.encoder.state_dict(), run.config.seed
+        assert same(start, encoders[seed]) == (run.config.strategy != "scratch")
+        assert not same(start, encoders[1 - seed])
+        assert (run.config.encoder_hash is None) == (run.config.strategy == "scratch")
+        hashes.add((seed, run.config.encoder_hash))
+    assert len(hashes) == 4 and len({text for _, text in hashes}) == 3
+    heads = [run.model.head.state_dict() for run in started.values() if run.config.seed == 0]
+    assert same(heads[0], heads[1])  # all strategies start at the same head
+    first, second = (started[f"scratch-labels20-seed{seed}"].model.state_dict() for seed in (0, 1))
+    assert not same(first, second)
+
+
+def test_another_encoder_is_another_config(again, studies, tmp_path):
+    argv = [*again[classifier], "--labels", "20", "--resume"]
+    other = studies.out / "conv_ae" / "latent032-seed1" / "model.pt"
+    message = failure(classifier.main, [*argv, "--seeds", "1", "--encoder", str(other)])
+    assert "finetune-labels20-seed0 was made with encoder_hash " in message
+    shutil.copy(studies.encoder, tmp_path / "moved.pt")  # the same weights at another place
+    moved = ["--encoder", str(tmp_path / "moved.pt"), "--strategies", "frozen", "--seeds", "1"]
+    classifier.main([*argv, *moved])
+
+
+def test_a_frozen_encoder_stays_bit_by_bit_and_a_finetuned_one_moves(studies):
+    for seed in (0, 1):
+        path = studies.out / "conv_ae" / f"latent032-seed{seed}" / "model.pt"
+        start = conv_ae.load(path).encoder.features.state_dict()
+        ends = {}
+        for strategy in STRATEGIES:
+            path = studies.out / "classifier" / f"{strategy}-labels200-seed{seed}" / "model.pt"
+            ends[strategy] = classifier.load(path).encoder.state_dict()
+        assert same(ends["frozen"], start)  # buffers of batch norm included
+        assert not same(ends["finetune"], start) and not same(ends["scratch"], ends["finetune"])
+
+
+def test_frozen_trains_the_head_alone_on_augmented_images_as_the_others_do():
+    images, labels = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+    for strategy in STRATEGIES:
+        model = a_classifier(strategy=strategy, dropout=0.0).train()
+        torch.manual_seed(0)
+        first = model.loss(images, labels)["loss"]
+        assert model.loss(images, labels)["loss"] != first  # other flips and shifts
+        first.backward()
+        moves = [parameter.grad is not None for parameter in model.encoder.parameters()]
+        assert all(moves) if strategy != "frozen" else not any(moves)
+        assert all(parameter.grad is not None for parameter in model.head.parameters())
+        assert model.head.training and model.encoder[2].training == (strategy != "frozen")
+        modes = {module.training for module in model.eval().modules()}
+        assert modes == {False} and model.loss(images, labels) == model.loss(images, labels)
+
+
+def test_label_smoothing_and_dropout_act_in_training_alone():
+    images, labels = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+    model = a_classifier(label_smoothing=0.2, dropout=0.0)
+    model.augment = lambda images: images
+    for training, smoothing in ((True, 0.2), (False, 0.0)):
+        model.train(training)
+        with torch.no_grad():
+            losses = model.loss(images, labels)
+            logits = common.forward(model, images)
+        log_p = logits - logits.exp().sum(1, keepdim=True).log()
+        right = log_p.gather(1, labels[:, None]).squeeze(1)
+        expected = -((1 - smoothing) * right + smoothing * log_p.mean(1)).mean()
+        assert losses["loss"].item() == pytest.approx(
+            expected.item(), rel=2e-2 if training else 1e-5
+        )
+        share = (logits.argmax(1) == labels).double().mean().item()
+        assert losses["accuracy"].item() == pytest.approx(share, abs=0.051 if training else 1e-6)
+    model = a_classifier(dropout=0.4)
+    (dropout,) = (layer for layer in model.modules() if isinstance(layer, nn.Dropout))
+    x = torch.ones(10_000)
+    assert dropout(x).eq(0).double().mean().item() == pytest.approx(0.4, abs=0.03)
+    assert torch.equal(model.eval().head[2](x), x)
+
+
+# Augmentation and its schedule: the part of the classifier that is about to change.
+
+
+def augmented(images, shift, erase):
+    model = a_classifier()
+    model.shift, model.erase = shift, erase
+    return model.augment(images)
+
 
 def test_augmentation_flips_half_of_the_images_and_shifts_by_a_pixel_at_most():
-    images = torch.zeros(1000, 1, 28, 28)
+    images = torch.zeros(100, 1, 28, 28)
     images[:, :, 14, 5] = 1  # a flip takes column 5 to 22
-    for shift, places in ((0, {14: [5, 22]}), (1, {row: [4, 5, 6, 21, 22, 23] for row in (13, 14, 15)})):
-        found = torch.cat([augment(images[:100], shift, erase=0) for _ in range(100)]).nonzero()
-        assert len(found) == 10_000 and found[:, 3].gt(14).double().mean().item() == pytest.approx(0.5, abs=0.02)
-        assert {row: found[found[:, 2] == row, 3].unique().tolist() for row in found[:, 2].unique().tolist()} == places
+    moved = {row: [4, 5, 6, 21, 22, 23] for row in (13, 14, 15)}
+    for shift, places in ((0, {14: [5, 22]}), (1, moved)):
+        found = torch.cat([augmented(images, shift, erase=0) for _ in range(100)]).nonzero()
+        flipped = found[:, 3].gt(14).double().mean().item()
+        assert len(found) == 10_000 and flipped == pytest.approx(0.5, abs=0.02)
+        rows = found[:, 2].unique().tolist()
+        assert {row: found[found[:, 2] == row, 3].unique().tolist() for row in rows} == places
+
 
 def test_augmentation_erases_one_rectangle_of_up_to_half_the_sides():
     images = torch.ones(4000, 1, 28, 28)
     for share in (0.25, 1.0):
-        changed = (augment(images, shift=0, erase=share) != 1).squeeze(1)
+        changed = (augmented(images, shift=0, erase=share) != 1).squeeze(1)
         hit = changed.any(2).any(1)
         assert hit.double().mean().item() == pytest.approx(share, abs=0.03)
         sides = [changed[hit].any(axis).sum(1) for axis in (1, 2)]  # columns, then rows
-        assert all(side.max() == 14 and side.double().mean().item() == pytest.approx(7.5, abs=0.4) for side in sides)
-        assert torch.equal(sides[0] * sides[1], changed[hit].sum((1, 2)))  # all of the box and nothing else
+        for side in sides:
+            assert side.max() == 14 and side.double().mean().item() == pytest.approx(7.5, abs=0.4)
+        assert torch.equal(sides[0] * sides[1], changed[hit].sum((1, 2)))  # all of the box
         for axis in (1, 2):  # in one piece, and up to the edges
             inside = changed[hit].any(axis).int()
-            assert (inside.diff(dim=1) == 1).sum(1).max() <= 1 and inside[:, 0].any() and inside[:, 27].any()
+            assert (inside.diff(dim=1) == 1).sum(1).max() <= 1
+            assert inside[:, 0].any() and inside[:, 27].any()
+    noise = augmented(torch.full((500, 1, 28, 28), 2.0), shift=0, erase=1)
+    noise = noise[noise != 2]
+    assert noise.min() >= 0 and noise.max() <= 1 and abs(noise.mean() - 0.5) < 0.01
 
-def test_running_statistics_are_a_models_own_after_a_few_steps(flags, data, tmp_path):
-    classifier.main(flags + ["--strategies", "scratch", "--labels", "50", "--seeds", "1", "--epochs", "1"])  # ten steps
-    model = classifier.Classifier(conv_ae.Encoder(32), dropout=0.0)
-    model.load_state_dict(weights(tmp_path / "out" / "classifier" / "scratch-labels50-seed0"))
-    images = common.load_data(data, CPU).val.images
-    own, batch = model.eval()(images).softmax(1), model.train()(images).softmax(1)
-    distance = (own - batch).abs().sum(1).mean() / 2  # in total variation
-    assert distance < 0.2
 
-def test_classifier_study_end_to_end(encoder, data, flags, tmp_path, capsys):
-    classifier.main(flags + ["--labels", "50", "200", "--seeds", "1", "--epochs", "4"])
-    study = tmp_path / "out" / "classifier"
-    figures = {"learning_curves.png", "label_efficiency.png", "confusion_matrix.png"}
-    assert contents(study).keys() == figures | {"metrics.json"}
-    runs = {f"{strategy}-labels{labels}-seed0" for strategy in classifier.STYLE for labels in (50, 200)}
-    assert {path.name for path in study.iterdir() if path.is_dir()} == runs
-    assert all(contents(study / run).keys() == {"losses.csv", "metrics.json", "model.pt"} for run in runs)
-    statistics = {f"{name}_{kind}" for kind in ("mean", "std") for name in (
-        "test_accuracy", "test_loss", "val_accuracy", "val_accuracy_first_epoch")}
-    statistics |= {"minus_scratch_mean", "minus_scratch_se"}
-    assert metrics(study)["summary"][-1].keys() == statistics | {"strategy", "labels", "n", "parameters"}
-    assert metrics(study / "scratch-labels200-seed0")["test"]["accuracy"] > 0.95  # the blocks are easy to tell apart
-    start = weights(encoder.parent)
-    frozen, finetuned = (weights(study / f"{strategy}-labels200-seed0") for strategy in ("frozen", "finetune"))
-    pairs = {name: name.replace("encoder.", "encoder.features.") for name in frozen if name.startswith("encoder.")}
-    assert all(torch.equal(frozen[own], start[name]) for own, name in pairs.items())  # batch norm's buffers included
-    assert not all(torch.equal(finetuned[own], start[name]) for own, name in pairs.items())
-    model, test = classifier.Classifier(conv_ae.Encoder(32), dropout=0.0), common.load_data(data, CPU).test
-    model.load_state_dict(finetuned)
-    predicted, result = model.eval()(test.images).argmax(1), metrics(study / "finetune-labels200-seed0")
-    assert result["test"]["accuracy"] == pytest.approx((predicted == test.labels).float().mean().item())
-    for true, row in enumerate(result["confusion"]):
-        assert row == torch.bincount(predicted[test.labels == true], minlength=10).tolist()
-    classifier.main(flags + ["--eval"])
-    assert capsys.readouterr().out.count("confirmed") == 6
+def test_augmentation_grows_with_the_number_of_times_an_image_is_seen():
+    for epochs, shift, erase in ((15, 0.5, -0.5), (30, 1.0, 0.0), (45, 1.5, 0.5)):
+        model = a_classifier(epochs=epochs)
+        assert (model.shift, model.erase) == (pytest.approx(shift), pytest.approx(erase))
+    assert a_classifier(labels=50, epochs=3).shift == pytest.approx(1.0)  # ten times an epoch
+    assert [classifier.passes(count) for count in (50_000, 5_000, 1_250, 50)] == [1, 1, 2, 10]
+    split = common.Split(torch.rand(60, 1, 28, 28), torch.arange(60) % 10)
+    assert len(classifier.labelled(split, 50, seed=0).labels) == 500
+    assert len(classifier.labelled(split, 60, seed=0).labels) == 60
 
-def test_gain_over_scratch_is_paired_by_seed():
-    runs = [{"config": {"labels": 10, "strategy": strategy, "seed": seed}, "parameters": 9, "best_epoch": 1,
-             "validation": [{"epoch": 1, "accuracy": 0.5}], "test": {"accuracy": accuracy, "loss": 1.0}}
-            for strategy, seed, accuracy in (("scratch", 0, 0.1), ("scratch", 1, 0.5), ("finetune", 1, 0.8),
-                                             ("finetune", 0, 0.2), ("finetune", 2, 0.9))]
-    finetune, _ = classifier.summarize(runs)
+
+# Evaluation, summary and figures of the classifier.
+
+
+def test_the_confusion_matrix_counts_the_test_images_by_true_and_predicted_class(studies, data):
+    path = studies.out / "classifier" / "scratch-labels20-seed0"
+    model, run = classifier.load(path / "model.pt"), metrics(path)
+    predicted = model(data.test.images).argmax(1)
+    counts = [[0] * 10 for _ in range(10)]
+    for true, guess in zip(data.test.labels.tolist(), predicted.tolist()):
+        counts[true][guess] += 1
+    assert run["confusion"] == counts
+    right = sum(counts[label][label] for label in range(10)) / TEST
+    assert run["test"]["accuracy"] == pytest.approx(right)
+    noise, model = random_data(), a_classifier()
+    result = classifier.evaluate(model.train(), noise)
+    share = (model.eval()(noise.test.images).argmax(1) == noise.test.labels).double().mean()
+    assert result["test"]["accuracy"] == pytest.approx(share.item())
+    assert sum(map(sum, result["confusion"])) == len(noise.test.labels)
+
+
+def classifier_run(strategy, seed, test, checks, best=2, labels=10):
+    config = {"labels": labels, "strategy": strategy, "seed": seed}
+    return {
+        "folder": f"{strategy}-{labels}-{seed}",
+        "config": config,
+        "parameters": 9,
+        "best_epoch": best,
+        "validation": [{"epoch": epoch, "accuracy": value} for epoch, value in checks.items()],
+        "test": {"accuracy": test, "loss": 1.0},
+        "confusion": [[seed + 1] * 10] * 10,
+    }
+
+
+CLASSIFIER_RUNS = [
+    classifier_run("scratch", 0, 0.1, {1: 0.2, 2: 0.6, 3: 0.9}),
+    classifier_run("scratch", 1, 0.5, {1: 0.4, 2: 0.8}),
+    classifier_run("finetune", 0, 0.2, {2: 0.1}),
+    classifier_run("finetune", 1, 0.8, {2: 0.3}),
+    classifier_run("frozen", 0, 0.3, {2: 1.0}, labels=5),
+]
+
+
+def test_the_gain_over_scratch_is_paired_by_seed():
+    frozen, finetune, scratch = classifier.summarize(CLASSIFIER_RUNS)
     assert finetune["minus_scratch_mean"] == pytest.approx(0.2)  # of 0.1 and 0.3
-    assert finetune["minus_scratch_se"] == pytest.approx(math.sqrt(0.02) / math.sqrt(2))
+    assert finetune["minus_scratch_std"] == pytest.approx(math.sqrt(0.02))
+    for row in (scratch, frozen):  # no scratch run has as few labels as the frozen one
+        assert row["minus_scratch_mean"] is None and row["minus_scratch_std"] is None
+    assert [row["n"] for row in (frozen, finetune, scratch)] == [1, 2, 2]
+    assert (scratch["labels"], scratch["strategy"]) == (10, "scratch")
+    # Validation accuracies are those of the kept epoch, and of the first where it was validated.
+    assert scratch["val_accuracy_mean"] == pytest.approx(0.7)
+    assert scratch["val_accuracy_first_epoch_mean"] == pytest.approx(0.3)
+    assert finetune["val_accuracy_mean"] == pytest.approx(0.2)
+    assert finetune["val_accuracy_first_epoch_mean"] is None
 
-def test_a_run_starts_and_ends_the_same_alone_and_after_others(encoder, flags, tmp_path, one_pass):
-    flags = flags + ["--labels", "50", "--encoder", str(encoder)]
-    classifier.main(flags + ["--seeds", "2"])
-    for strategy in classifier.STYLE:
-        alone, name = tmp_path / strategy, f"{strategy}-labels50-seed1"
-        classifier.main(flags + ["--strategies", strategy, "--seed", "1", "--seeds", "1", "--out", str(alone)])
-        assert same_weights(tmp_path / "out" / "classifier" / name, alone / "classifier" / name)
 
-def test_runs_of_unequal_lengths_and_without_a_first_validation(flags, tmp_path):
-    flags = flags + ["--strategies", "scratch", "--labels", "50", "--seeds", "1", "--epochs", "9"]
-    classifier.main(flags + ["--patience", "2", "--val-every", "2", "--min-delta", "1000"])
-    (row,) = metrics(tmp_path / "out" / "classifier")["summary"]
-    assert row["val_accuracy_first_epoch_mean"] is None and row["val_accuracy_mean"] is not None
-    run = {"folder": "short", **metrics(tmp_path / "out" / "classifier" / "scratch-labels50-seed0")}
-    assert run["epochs_run"] == 4
-    classifier.plot([run, {**run, "validation": [*run["validation"], {"epoch": 6, "accuracy": 0.5}]}])
+def test_the_confusion_matrix_is_that_of_the_strategy_that_is_best_in_validation():
+    summary = classifier.summarize(CLASSIFIER_RUNS)
+    (axes,) = classifier.plot_confusion(CLASSIFIER_RUNS, summary).axes
+    # Scratch is worse in the test, and frozen, better in both, has fewer labels.
+    assert axes.get_title() == "test images: scratch-10-0"
+    assert [text.get_text() for text in axes.texts] == ["1"] * 100
+    assert axes.get_xlabel() == "predicted" and axes.get_ylabel() == "true"
 
-def test_no_encoder_and_one_of_another_size(flags, encoder, tmp_path, capsys):
-    missing = fails(classifier.main, flags + ["--labels", "50", "--encoder", str(tmp_path / "none.pt")], capsys, 1)
-    other = fails(classifier.main, flags + ["--labels", "50", "--latent", "8", "--encoder", str(encoder)], capsys, 1)
-    assert "python conv_ae.py --latents 32" in missing and "python conv_ae.py --latents 8" in other
 
-def test_ranks_share_the_runs_out_and_leave_together(monkeypatch):
-    store = torch.distributed.HashStore()
-    def rank(number):
-        jobs = list(common.share_out(range(20)))
-        return jobs, store.add("ranks done", 0)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # left over from something else: only torchrun's own mark counts
-    assert list(common.share_out(range(3))) == [0, 1, 2]
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 0, 2)]))
-    with ThreadPoolExecutor(2) as pool:
-        (first, ended), (second, ended_too) = pool.map(rank, (0, 1))
-    assert sorted(first + second) == list(range(20)) and ended == ended_too == 2
+def test_learning_curves_are_means_over_the_runs_that_reached_an_epoch():
+    few, many = classifier.plot_learning_curves(CLASSIFIER_RUNS).axes
+    assert few.get_title() == "5 labels" and many.get_title() == "10 labels"
+    curves = {line.get_label(): line for line in many.lines}
+    assert list(curves["scratch"].get_xdata()) == [1, 2, 3]
+    assert list(curves["scratch"].get_ydata()) == pytest.approx([0.3, 0.7, 0.9])
+    assert list(curves["finetune"].get_ydata()) == pytest.approx([0.2])
 
-def test_runs_that_differ_in_more_than_what_varies_share_no_row(encoder, flags, tmp_path, capsys, one_pass):
-    def rows(*own):
-        """{strategy: n} of the summary after one more command, and what it printed."""
-        classifier.main(flags + ["--labels", "50", "--seeds", "1", "--epochs", "1", "--strategies", *own])
-        summary = metrics(tmp_path / "out" / "classifier")["summary"]
-        return {row["strategy"]: row["n"] for row in summary}, capsys.readouterr().out
-    assert rows("scratch", "finetune")[0] == {"scratch": 1, "finetune": 1}
-    conv_ae.main(flags + ["--latents", "8", "--epochs", "1"])
-    left, text = rows("finetune", "--latent", "8", "--seed", "1")  # another latent size
-    assert left == {"finetune": 1} and "seed0 is left out of the summary: it was made with latent 32, not 8" in text
-    moved = tmp_path / "moved.pt"
-    moved.write_bytes(encoder.read_bytes())  # the same weights in another file count as the same
-    assert rows("finetune", "--encoder", str(moved), "--seed", "2")[0] == {"scratch": 1, "finetune": 2}
-    saved = torch.load(encoder, weights_only=True)
-    saved["model"]["encoder.features.0.weight"] += 1
-    torch.save(saved, moved)
-    left, text = rows("finetune", "--encoder", str(moved), "--seed", "3")  # other weights
-    assert left == {"scratch": 1, "finetune": 1} and "it was made with encoder_hash" in text
-    assert rows("scratch", "--seed", "4", "--epochs", "2")[0] == {"scratch": 1}  # other epochs
 
-def test_runs_of_an_edited_network_share_no_row(flags, tmp_path, capsys, monkeypatch):
-    conv_ae.main(flags + ["--latents", "3"])
-    monkeypatch.setattr(torch.nn, "Sigmoid", torch.nn.Hardsigmoid)  # as many parameters, another network
-    assert "network" in fails(conv_ae.main, flags + ["--latents", "3", "--resume"], capsys, 1)
-    conv_ae.main(flags + ["--latents", "3", "--seed", "1"])
-    (row,) = metrics(tmp_path / "out" / "conv_ae")["summary"]
-    assert row["n"] == 1 and "seed0 is left out of the summary: it was made with network" in capsys.readouterr().out
-
-def committed(*patterns):
-    """The JSON files of the last commit that match, sorted by name: a user's runs may lie in the working tree."""
-    def git(*command):
-        done = subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True, encoding="utf-8")
-        return done.stdout if done.returncode == 0 else pytest.skip(f"no committed results: {done.stderr.strip()}")
-    if not (HERE / ".git").exists() or not shutil.which("git"):
-        pytest.skip("no committed results: this is no git clone, or there is no git")
-    names = git("ls-tree", "-r", "--name-only", "HEAD", "results").split()
-    wanted = [name for pattern in patterns for name in names if Path(name).match(f"results/{pattern}/metrics.json")]
-    return [json.loads(git("show", f"HEAD:{name}")) for name in wanted]
-
-def cell(row, name, digits, n=False):
-    """Mean ± standard deviation of a summary's row as the README prints them; empty where there are none."""
-    mean, std = (row.get(f"{name}_{part}") for part in ("mean", "std"))
-    spread = "" if std is None else f" ± {std:.{digits}f}"
-    return "" if mean is None else f"{mean:.{digits}f}{spread}" + f" ({row.get('n')})" * n
-
-def vae_table():
-    yield "| run | n | test loss | recon | KL | 10-NN accuracy on mu | largest KL of a test image |"
-    yield "| the reference result | | 0.08380 | | | | |"
-    for name, runs in (("`python vae.py --epochs 200`, stops early", committed("vae", "seed?/vae")),
-                       ("`--patience 0`, all 200 epochs", committed("full-seed?/vae"))):
-        values = {"knn": [run["latent_knn_accuracy"] for run in runs],
-                  **{metric: [run["test"][metric] for run in runs] for metric in ("loss", "recon", "kl")}}
-        row = {f"{metric}_{part}": value for metric, column in values.items()
-               for part, value in zip(("mean", "std"), common.mean_std(column))}
-        largest = [run["kl_max"] for run in runs]
-        yield (f"| {name} | {len(runs)} | {cell(row, 'loss', 5)} | {cell(row, 'recon', 5)} | {cell(row, 'kl', 2)} | "
-               f"{cell(row, 'knn', 3)} | {min(largest):.0f} to {max(largest):.0f} |")
-
-def conv_ae_table():
-    (sizes,), (short,) = committed("long/conv_ae"), committed("conv_ae")
-    yield ("| latent dimensions | n | test MSE | test L1 | PCA's MSE | PCA's, clamped to [0, 1] | MSE / PCA's | "
-           f"the same, {short['config']['epochs']} epochs (n=1) | 10-NN accuracy |")
-    ratios = {row["latent"]: f"{row['ratio']:.3f}" for row in short["summary"] if row["n"] == 1}
-    for row in sizes["summary"]:
-        yield (f"| {row['latent']} | {row['n']} | {cell(row, 'mse', 6)} | {cell(row, 'l1', 5)} | "
-               f"{row['pca_mse']:.5f} | {row['pca_clamped_mse']:.5f} | {row['ratio']:.3f} | {ratios[row['latent']]} | "
-               f"{cell(row, 'latent_knn_accuracy', 3)} |")
-    yield f"| 784 pixels | | | | | | | | {row['pixel_knn_accuracy']:.3f} |"
-
-def classifier_table():
-    yield ("| labels | test (n): `scratch` | `frozen` | `finetune` | `finetune` minus `scratch` | "
-           "validation: `scratch` | `finetune` | after epoch 1: `scratch` | `finetune` |")
-    for pattern, note in (
-            ("classifier", ""), ("long/classifier", ", {epochs} epochs"),
-            ("encoder1/classifier", ", encoder of seed 1"), ("encoder2/classifier", ", encoder of seed 2")):
-        (study,) = committed(pattern)
-        for labels in sorted({row["labels"] for row in study["summary"]}):
-            same = {row["strategy"]: row for row in study["summary"] if row["labels"] == labels}
-            scratch, frozen, finetune = (same.get(name, {}) for name in ("scratch", "frozen", "finetune"))
-            gain, error = finetune["minus_scratch_mean"], finetune["minus_scratch_se"]
-            cells = [*(cell(row, "test_accuracy", 4, n=True) for row in (scratch, frozen, finetune)),
-                     "" if gain is None else f"{gain:.4f} ± {error:.4f}",
-                     *(cell(row, name, 4) for name in ("val_accuracy", "val_accuracy_first_epoch")
-                       for row in (scratch, finetune))]
-            yield re.sub(" +", " ", f"| {labels:,}{note.format(**study['config'])} | {' | '.join(cells)} |")
-
-def test_readme_quotes_the_committed_results():
-    tables = {"vae.py": [*vae_table()], "conv_ae.py": [*conv_ae_table()], "classifier.py": [*classifier_table()]}
-    text = re.sub("```.*?```", "", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    decimals = lambda lines: re.findall(r"(?<![\d.])(?<!Python )\d+\.\d+(?![\d.])", "\n".join(lines))
-    everything = [row for rows in tables.values() for row in rows]
-    for section in text.split("\n## "):  # a table holds its rows, and a sentence quotes cells of its section's table
-        script = next((script for script in tables if section.startswith(f"`{script}`")), None)
-        rows = tables.get(script, everything)
-        lines = section.splitlines()
-        assert not script or [line for line in lines if line.startswith("|") and "---" not in line] == rows
-        assert not (wrong := set(decimals(set(lines) - set(rows))) - set(decimals(rows))), wrong
-
-def test_readme_snippets_run(data, flags, tmp_path, monkeypatch):
-    experiment, loading = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
-    monkeypatch.setattr("sys.argv", ["denoise.py", *flags])
-    exec(experiment, {})
-    assert metrics(tmp_path / "out" / "denoise")["test"].keys() == {"loss"}
-    vae.main(flags + ["--out", str(tmp_path / "results")])
-    monkeypatch.chdir(tmp_path)
-    names = {"images": common.load_data(data, CPU).test.images}
-    exec(loading, names)
-    assert names["mu"].shape == (TEST, 8)
-
-BAD_NUMBERS = ("0", "-1", "1.5", "x", "nan", "inf", "", "1" * 30)
-BAD_REALS = ("-1", "x", "nan", "inf", "", "1e30")
-SHARED = {"--epochs": BAD_NUMBERS, "--batch-size": BAD_NUMBERS, "--val-every": BAD_NUMBERS, "--seed": BAD_NUMBERS[1:],
-          "--patience": BAD_NUMBERS[1:], "--min-delta": BAD_REALS, "--lr": ("0", *BAD_REALS), "--data": ("",),
-          "--out": ("",), "--device": ("gpu", "") if torch.cuda.is_available() else ("gpu", "", "cuda")}
-OWN = {vae: {"--alpha": BAD_REALS}, conv_ae: {"--latents": BAD_NUMBERS, "--seeds": BAD_NUMBERS},
-       classifier: {"--latent": BAD_NUMBERS, "--labels": (*BAD_NUMBERS, "1000000"), "--seeds": BAD_NUMBERS,
-                    "--strategies": ("distill",), "--encoder": ("",)}}
-BAD_FLAGS = [(script, [flag, value]) for script, own in OWN.items()
-             for flag, values in {**SHARED, **own}.items() for value in values] + [
-    (conv_ae, ["--latents", "8", "8"]), (classifier, ["--labels", "100", "100"]), (vae, ["--eval", "--resume"]),
-    (classifier, ["--strategies", "scratch", "scratch"]), (vae, ["--latents", "8"]), (vae, ["--epoch", "3"])]
-
-def test_bad_flags_are_refused_before_anything_happens(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(common, "load_data", lambda *args: pytest.fail("data was read"))
-    monkeypatch.chdir(tmp_path)
-    for script, flags in BAD_FLAGS:
-        message = fails(script.main, flags, capsys, 2)
-        assert "error: " in message and flags[0].lstrip("-")[:5] in message, (script.__name__, flags, message)
-    assert not list(tmp_path.iterdir())
-
-@pytest.mark.parametrize("name, damage", [
-    ("metrics.json", Path.unlink), ("model.pt", Path.unlink),
-    ("metrics.json", lambda path: path.write_text("[]")),
-    ("model.pt", lambda path: path.write_bytes(path.read_bytes()[:1000])),
-    ("model.pt", lambda path: torch.save({"config": {}, "model": {"mu.weight": torch.zeros(9, 64)}}, path)),
-    ("model.pt", lambda path: torch.save({"config": {}, "model": path}, path))])  # a pickle with code: pathlib's
-def test_eval_refuses_what_it_cannot_confirm(name, damage, flags, tmp_path, capsys, no_figures):
-    vae.main(flags + ["--epochs", "1"])
-    damage(tmp_path / "out" / "vae" / name)
-    assert f"{name} can't be used" in fails(vae.main, flags + ["--eval"], capsys, 1)
-
-def test_out_that_is_a_file(flags, tmp_path, capsys):
-    (tmp_path / "out").write_text("mine")
-    assert "out" in fails(vae.main, flags, capsys, 1) and (tmp_path / "out").read_text() == "mine"
-
-def test_full_disk_leaves_earlier_results_intact(flags, tmp_path, capsys, no_figures):
-    resource = pytest.importorskip("resource")
-    vae.main(flags)
-    before, limits = contents(tmp_path / "out" / "vae"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a write past that fails as on a full disk
-    try:
-        assert "check the space" in fails(vae.main, flags + ["--seed", "1"], capsys, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert contents(tmp_path / "out" / "vae") == before
-
-def test_divergence_stops_with_epoch_and_rate(flags, tmp_path, capsys, monkeypatch, no_figures):
-    vae.main(flags)
-    before, genuine = contents(tmp_path / "out" / "vae"), vae.loss_fn
-    monkeypatch.setattr(vae, "loss_fn", lambda *a, **k: {name: v * math.nan for name, v in genuine(*a, **k).items()})
-    message = fails(vae.main, flags, capsys, 1)
-    assert "epoch 1" in message and "--lr" in message and contents(tmp_path / "out" / "vae") == before
-
-def test_second_run_into_one_folder_is_refused(flags, tmp_path, capsys):
-    pytest.importorskip("fcntl")
-    with common.locked(tmp_path / "out" / "vae"):
-        assert "another process" in fails(vae.main, flags, capsys, 1)
-
-def test_a_failed_evaluation_loses_no_training(flags, tmp_path, capsys, monkeypatch, no_figures):
-    vae.main(flags + ["--out", str(tmp_path / "whole")])
-    with monkeypatch.context() as broken:
-        broken.setattr(vae, "evaluate", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            vae.main(flags)
-    capsys.readouterr()
-    vae.main(flags + ["--resume"])
-    assert "epoch" not in capsys.readouterr().out and same_weights(tmp_path / "whole" / "vae", tmp_path / "out" / "vae")
-
-@pytest.mark.parametrize("script, own, number, code", [
-    (vae, [], signal.SIGINT, 130),
-    (classifier, ["--strategies", "scratch", "--labels", "200", "--seeds", "1"], signal.SIGTERM, 143)])
-def test_signals_stop_the_run_and_resume_ends_with_the_same_bytes(
-        script, own, number, code, flags, tmp_path, capsys, monkeypatch, no_figures, one_pass):
-    flags = flags + ["--epochs", "12", *own]
-    script.main(flags + ["--out", str(tmp_path / "whole")])
-    genuine, calls = script.loss_fn, itertools.count()
-    def loss_fn(*args, **options):
-        if next(calls) == 33:  # in the VAE's ninth epoch, the classifier's seventh
-            signal.raise_signal(number)
-        return genuine(*args, **options)
-    monkeypatch.setattr(script, "loss_fn", loss_fn)
-    assert "--resume" in fails(script.main, flags, capsys, code)
-    script.main(flags + ["--resume"])
-    assert "epoch   2" not in capsys.readouterr().out  # it went on and did not start anew
-    whole, resumed = (next((tmp_path / name).glob("**/model.pt")).parent for name in ("whole", "out"))
-    assert same_weights(whole, resumed) and not (resumed / "checkpoint.pt").exists()
-    assert contents(whole)["losses.csv"] == contents(resumed)["losses.csv"]
+def test_a_missing_encoder_is_named_with_the_command_that_makes_it(
+    flags, here, tmp_path, no_figures
+):
+    argv = [*flags, "--labels", "20", "--seed", "4", "--seeds", "1", "--latent", "5"]
+    message = failure(classifier.main, argv)
+    path = tmp_path / "out" / "conv_ae" / "latent005-seed4" / "model.pt"
+    assert message.startswith(f"there is no {path}: ")
+    _, script, *command = shlex.split(re.search("`(.*)`", message)[1])
+    assert script == "conv_ae.py"
+    conv_ae.main([*command, *here[:2], "--device", "cpu", "--epochs", "1"])
+    assert path.exists()
+    classifier.main([*argv, "--epochs", "1", "--strategies", "frozen"])
+    other = failure(classifier.main, [*argv, "--encoder", str(tmp_path / "none.pt")])
+    assert str(tmp_path / "none.pt") in other
+    (tmp_path / "none.pt").write_bytes(b"damaged")
+    damaged = failure(classifier.main, [*argv, "--encoder", str(tmp_path / "none.pt")])
+    assert str(tmp_path / "none.pt") in damaged
+    classifier.main([*flags, *SCRATCH, "--epochs", "1"])  # it needs none
