@@ -59,15 +59,12 @@ class Config:
 
 
 def options(config_class):
-    """The fields that are flags, each with its metadata. A subclass that changes a default keeps
-    the help and the bounds."""
-    about = {}
+    """The fields that are flags, with their metadata. A subclass's new default keeps them."""
+    meta = {}
     for base in reversed(config_class.__mro__[:-1]):  # from Config on; the last is object
         for item in dataclasses.fields(base):
-            about[item.name] = item.metadata or about.get(item.name)
-    return [
-        (item, about[item.name]) for item in dataclasses.fields(config_class) if about[item.name]
-    ]
+            meta[item.name] = item.metadata or meta.get(item.name)
+    return [(item, meta[item.name]) for item in dataclasses.fields(config_class) if meta[item.name]]
 
 
 def number(kind, low, high):
@@ -225,8 +222,7 @@ def load_data(folder, device):
 
 
 def uses_bf16(model, device):
-    """Whether `model` trains in bfloat16: its class says so, by `bf16 = True`, and the device
-    reports that it is fast in it."""
+    """Whether `model`, whose class may have `bf16 = True`, trains in it: where it is fast."""
     fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -253,8 +249,7 @@ def learning_rate(step, steps, config):
 
 
 def best_epoch(history, config):
-    """The epoch whose weights are kept: with early stopping that of the lowest validation loss,
-    without it the last."""
+    """The epoch whose weights are kept: the best in validation; without early stopping the last."""
     if config.patience == 0:
         return history[-1]["epoch"]
     validated = [row for row in history if "val" in row]
@@ -365,7 +360,7 @@ def load_checkpoint(folder, state, config, code):
     # Fused AdamW needs its moments in the parameter's memory layout: another device has another.
     for parameter, moments in state["optimizer"].state.items():
         for name, moment in moments.items():
-            if moment.shape == parameter.shape:
+            if getattr(moment, "shape", None) == parameter.shape:
                 moments[name] = torch.empty_like(parameter).copy_(moment)
     print(f"{folder.name}: goes on after epoch {len(history)}", flush=True)
     return history
@@ -450,8 +445,7 @@ def source(thing):
 
 
 def code_hash(model):
-    """A hash of the code that computes: the model's own classes, its loss included, and the
-    training loop."""
+    """A hash of the code that computes: the model's own classes and the training loop."""
     classes = {type(module) for module in model.modules()}
     own = [item for item in classes if not item.__module__.startswith("torch.")]
     parts = [train_loop, learning_rate, *sorted(own, key=lambda item: item.__qualname__)]
@@ -510,8 +504,7 @@ def run(model, data, config, args, folder, evaluate):
 
 
 def confirm(model, data, config, folder, evaluate):
-    """Ends the process where the saved weights do not have the recorded test metrics, to 1 in
-    2,000: another device may round."""
+    """Ends the process where the saved weights miss a recorded test metric by over 1 in 2,000."""
     saved = read(folder / "metrics.json")
     check_origin(saved, config, folder)
     read(folder / "model.pt", model=model)
@@ -560,8 +553,7 @@ def read_runs(runs):
 
 
 def mean_std(name, values):
-    """The mean, and the sample standard deviation (None for a single value), as entries of a
-    summary's row. Both are None where a value is."""
+    """Entries of a summary's row: the mean, and the sample standard deviation of n > 1 values."""
     if None in values:
         return {f"{name}_mean": None, f"{name}_std": None}
     std = statistics.stdev(values) if len(values) > 1 else None
