@@ -198,9 +198,10 @@ def plot_learning_curves(runs):
     size = (max(6, 3.6 * len(counts)), 4)
     figure, panels = plt.subplots(1, len(counts), figsize=size, squeeze=False)
     for labels, axes in zip(counts, panels[0]):
-        for strategy, (line, color) in STYLE.items():
+        for strategy in [name for name in STYLE if (labels, name) in groups]:
+            line, color = STYLE[strategy]
             accuracies = defaultdict(list)  # by epoch; a run that stopped early is in up to its end
-            for run in groups.get((labels, strategy), []):
+            for run in groups[labels, strategy]:
                 for check in run["validation"]:
                     accuracies[check["epoch"]].append(check["accuracy"])
             points = [common.mean_std("y", values) for values in accuracies.values()]
@@ -210,6 +211,7 @@ def plot_learning_curves(runs):
             axes.plot(epochs, mean, line, color=color, markersize=4, label=strategy)
             axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.25)
         axes.set(xlabel="epoch", title=f"{labels:,} labels")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("validation accuracy")
     panels[0][0].legend(loc="lower right", title="mean and std over seeds")

@@ -171,6 +171,7 @@ def summarize(runs, data):
 def plot_errors(summary, epochs):
     """Test error and PCA's, and what the latent space keeps of the classes, over latent size."""
     figure, (errors, classes) = plt.subplots(1, 2, figsize=(11, 4.8))
+    errors.set(yscale="log", ylabel="test MSE (pixels in [0, 1])")
     sizes = [row["latent"] for row in summary]
     label = f"autoencoder, {epochs} epochs\n(mean and std, n={summary[0]['n']})"
     for axes, name in ((errors, "mse"), (classes, "latent_knn_accuracy")):
@@ -190,7 +191,6 @@ def plot_errors(summary, epochs):
     for row in compared:
         below = {"xytext": (0, -18), "textcoords": "offset points", "ha": "center"}
         errors.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), **below)
-    errors.set(yscale="log", ylabel="test MSE (pixels in [0, 1])")
     errors.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     errors.yaxis.set_major_formatter("{x:g}")
     errors.margins(y=0.12)

@@ -63,8 +63,9 @@ try:
     common.load_data(args.data, args.device)
 except SystemExit as error:
     print(error, file=sys.stderr)
-    # Only where the download failed, the message advises to install Debian's package.
-    sys.exit(3 if "apt-get" in str(error) else 1)
+    # Where the download failed, the message advises to install Debian's package.
+    nowhere = not any(args.data.glob("FashionMNIST/raw/*-ubyte"))
+    sys.exit(3 if nowhere and "apt-get" in str(error) else 1)
 CHECK
 
 as_root() {

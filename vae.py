@@ -138,6 +138,7 @@ def plot_losses(path, best_epoch):
     label = f"kept: {val[best_epoch]:.4f}, epoch {best_epoch}"
     axes.plot(best_epoch, val[best_epoch], "*", markersize=14, color="black", label=label)
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     return figure
