@@ -47,8 +47,8 @@ class Config:
 
     epochs: int = option(16, "epochs at most", low=1, high=99_999)
     batch_size: int = option(128, "images in a step", low=1)
-    lr: float = option(4e-3, "peak learning rate of AdamW", low=1e-8, high=10)
-    weight_decay: float = option(0.0, "weight decay of AdamW", low=0, high=1000)
+    lr: float = option(4e-3, "peak learning rate", low=1e-8, high=10)
+    weight_decay: float = option(0.0, "weight decay", low=0, high=1000)
     warmup_steps: int = option(200, "steps in which the learning rate rises", low=0)
     constant_steps: int = option(2000, "the learning rate falls from this step on", low=0)
     ema_decay: float = option(0.998, "share of the EMA weights that a step keeps", low=0, high=1)
@@ -280,7 +280,7 @@ def test_loop(model, split, batch_size=250):
     return {name: round(total / len(split.labels), 7) for name, total in totals.items()}
 
 
-def train_loop(model, data, config, folder, code, resume):
+def train_loop(model, data, config, folder, code_hash, resume):
     """Trains `model`, leaves it at its best weights and returns the history, a row an epoch.
     Validated and kept is the exponential moving average (EMA) of the weights (Polyak & Juditsky,
     1992), which is less noisy. `folder` gets the state after each epoch, in checkpoint.pt."""
@@ -288,10 +288,10 @@ def train_loop(model, data, config, folder, code, resume):
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
     ema, best = copy.deepcopy(model), copy.deepcopy(model)
-    ema_tensors = [tensor for tensor in ema.state_dict().values() if tensor.is_floating_point()]
-    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    pairs = zip(ema.state_dict().values(), model.state_dict().values())  # they share memory
+    ema_pairs = [(average, latest) for average, latest in pairs if latest.is_floating_point()]
     state = {"model": model, "ema": ema, "best": best, "optimizer": optimizer}
-    history = load_checkpoint(folder, state, config, code) if resume else []
+    history = load_checkpoint(folder, state, config, code_hash) if resume else []
 
     count = len(data.train.labels)
     device = data.train.labels.device
@@ -306,7 +306,8 @@ def train_loop(model, data, config, folder, code, resume):
         order = torch.randperm(count).to(device)  # drawn by the CPU: the same on every device
         for batch in order.split(config.batch_size):
             rate = learning_rate(step, config.epochs * steps_per_epoch, config)
-            optimizer.param_groups[0]["lr"] = rate
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
             loss = model.loss(data.train.images[batch], data.train.labels[batch])["loss"]
             optimizer.zero_grad()
             loss.backward()
@@ -314,7 +315,7 @@ def train_loop(model, data, config, folder, code, resume):
             # The EMA's memory is short at first: the initial weights are worth nothing.
             decay = min(config.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
-                for average, latest in zip(ema_tensors, tensors):
+                for average, latest in ema_pairs:
                     average.lerp_(latest, 1 - decay)
             total_loss += loss.detach() * len(batch)
             step += 1
@@ -326,8 +327,11 @@ def train_loop(model, data, config, folder, code, resume):
                 best.load_state_dict(ema.state_dict())
         history[-1]["seconds"] = round(time.perf_counter() - start, 4)
         print_epoch(folder.name, history, config)
+        losses = [history[-1]["train_loss"], *history[-1].get("val", {}).values()]
+        if not all(math.isfinite(loss) for loss in losses):
+            sys.exit(f"{folder.name}: the loss is not finite: try a lower --lr than {config.lr:g}")
         states = {name: part.state_dict() for name, part in state.items()}
-        origin = {"config": vars(config), "code": code}
+        origin = {"config": vars(config), "code": code_hash}
         save(folder / "checkpoint.pt", {**origin, "history": history, **states})
 
     if len(history) < config.epochs:
@@ -337,11 +341,7 @@ def train_loop(model, data, config, folder, code, resume):
 
 
 def print_epoch(name, history, config):
-    """A line for the last epoch. Ends the process where a loss in it is not finite."""
     row = history[-1]
-    losses = {"train": row["train_loss"], **row.get("val", {})}
-    if not all(math.isfinite(loss) for loss in losses.values()):
-        sys.exit(f"{name}: the loss is not finite in epoch {row['epoch']}: try a lower --lr")
     line = f"{name}  epoch {row['epoch']:3d}/{config.epochs}  train {row['train_loss']:.5f}"
     if "val" in row:
         line += f"  val {describe(row['val'])}"
@@ -350,12 +350,12 @@ def print_epoch(name, history, config):
     print(f"{line}  {row['seconds']:.2f} s, {minutes}m{seconds:02d}s left", flush=True)
 
 
-def load_checkpoint(folder, state, config, code):
+def load_checkpoint(folder, state, config, code_hash):
     """Puts back the state in checkpoint.pt and returns the history; [] without a checkpoint."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return []
-    check_origin(read(path), config, path, code)
+    check_origin(read(path), config, path, code_hash)
     history = read(path, **state)["history"]
     # Fused AdamW needs its moments in the parameter's memory layout: another device has another.
     for parameter, moments in state["optimizer"].state.items():
@@ -422,20 +422,23 @@ def read(path, **parts):
             content = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(content[name])
-        return {**content, "config": dict(content["config"])}
-    except Exception as error:  # absent, damaged, other shapes, a pickle with code
-        sys.exit(f"{path} can't be used ({one_line(error)}): restore it, or give another --out")
+        if "config" not in content:
+            raise ValueError("there is no config in it")
+        return content
+    except Exception as error:  # absent, damaged, of another network, a pickle with code
+        sys.exit(f"{path} can't be used ({one_line(error)}): restore it, or give another path")
 
 
-def check_origin(saved, config, path, code=None):
-    """Ends the process where a file was made with another config, or by other code if given."""
+def check_origin(saved, config, path, code_hash=None):
+    """Ends the process where a file was made with another config or, if given, by other code."""
     own, then = vars(config), saved["config"]
-    if code is not None:
-        own, then = {**own, "code": code}, {**then, "code": saved.get("code")}
     for name in {**own, **then}:
         if own.get(name) != then.get(name):
-            advice = "give the flags and the code of that run, or another --out"
+            advice = "give the flags of that run, or another --out"
             sys.exit(f"{path} was made with {name} {then.get(name)}, not {own.get(name)}: {advice}")
+    if code_hash is not None and saved.get("code") != code_hash:
+        advice = "undo the edit, or give another --out"
+        sys.exit(f"{path} was made by another model, loss or train_loop than now: {advice}")
 
 
 @functools.cache  # a file that is edited during a study does not change what the study runs
@@ -444,10 +447,10 @@ def source(thing):
     return re.sub(r'""".*?"""|\s*#[^\n]*', "", inspect.getsource(thing), flags=re.DOTALL)
 
 
-def code_hash(model):
+def hash_code(model):
     """A hash of the code that computes: the model's own classes and the training loop."""
-    classes = {type(module) for module in model.modules()}
-    own = [item for item in classes if not item.__module__.startswith("torch.")]
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    own = [item for item in classes if item.__module__.split(".")[0] not in ("torch", "builtins")]
     parts = [train_loop, learning_rate, *sorted(own, key=lambda item: item.__qualname__)]
     text = "\n".join(source(part) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -465,18 +468,18 @@ def run(model, data, config, args, folder, evaluate):
     if args.eval:
         confirm(model, data, config, folder, evaluate)
         return
-    code = code_hash(model)
+    code_hash = hash_code(model)
     if is_complete(folder):
         if args.resume:
-            check_origin(read(folder / "metrics.json"), config, folder, code)
+            check_origin(read(folder / "metrics.json"), config, folder, code_hash)
             print(f"{folder.name}: complete", flush=True)
             return
         print(f"{folder}: this run will replace the one there; --resume keeps it", flush=True)
 
-    history = train_loop(model, data, config, folder, code, args.resume)
+    history = train_loop(model, data, config, folder, code_hash, args.resume)
     metrics = {
         "config": vars(config),
-        "code": code,
+        "code": code_hash,
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -489,7 +492,7 @@ def run(model, data, config, args, folder, evaluate):
         "epochs_run": len(history),
         "best_epoch": best_epoch(history, config),
         "train_seconds": round(sum(row["seconds"] for row in history), 2),
-        **evaluate(model, data),
+        **evaluate(model.eval(), data),
         "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if "val" in row],
     }
     losses = ["epoch,train_loss,val_loss"]
@@ -508,7 +511,7 @@ def confirm(model, data, config, folder, evaluate):
     saved = read(folder / "metrics.json")
     check_origin(saved, config, folder)
     read(folder / "model.pt", model=model)
-    recorded, measured = saved.get("test", {}), evaluate(model, data)["test"]
+    recorded, measured = saved.get("test", {}), evaluate(model.eval(), data)["test"]
     for name in {**recorded, **measured}:
         now, then = measured.get(name, math.nan), recorded.get(name, math.nan)
         if not math.isclose(now, then, rel_tol=5e-4):

@@ -132,12 +132,13 @@ def plot_losses(path, best_epoch):
     train = {int(row["epoch"]): float(row["train_loss"]) for row in rows}
     val = {int(row["epoch"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(train.keys(), train.values(), label="training (latest weights)")
+    axes.plot(train.keys(), train.values(), ".-", label="training (latest weights)")
     label, red = "validation (EMA weights)", common.COLORS[2]
     axes.plot(val.keys(), val.values(), "o-", markersize=3, color=red, label=label)
     label = f"kept: {val[best_epoch]:.4f}, epoch {best_epoch}"
     axes.plot(best_epoch, val[best_epoch], "*", markersize=14, color="black", label=label)
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
@@ -145,8 +146,8 @@ def plot_losses(path, best_epoch):
 
 
 def plot_latent_pairs(mu, labels, dimensions, prototypes):
-    """The test set's mu (N, latent) in all pairs of `dimensions`, coloured by class. A circled
-    number is the prototype of a class."""
+    """3,000 of the test set's mu (N, latent) in all pairs of `dimensions`, coloured by class. A
+    circled number is the prototype of a class."""
     size = max(1, len(dimensions) - 1)
     inches = max(5, 1.45 * size)
     figure, grid = plt.subplots(size, size, figsize=(inches, inches), squeeze=False)
@@ -175,7 +176,8 @@ def plot_latent_pairs(mu, labels, dimensions, prototypes):
     names = [f"{label}  {name}" for label, name in enumerate(common.CLASSES)]
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in common.COLORS]
     place = "upper right" if size > 4 else "outside right upper"
-    figure.legend(dots, names, loc=place, title="class and its prototype")
+    title = f"{len(dimensions)} of {mu.shape[1]} dimensions,\nclasses and prototypes"
+    figure.legend(dots, names, loc=place, title=title)
     return figure
 
 
