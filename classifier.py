@@ -143,19 +143,20 @@ def labelled(split, count, seed):
 
 def load_encoders(args):
     """The autoencoders' encoders {seed: encoder}, and hashes {seed: text} of the weights that a
-    classifier takes from them. --eval needs none: runs without saved weights are left out."""
+    classifier takes from them."""
     encoders, hashes = {}, {}
     for seed in args.seeds:
         folder = args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}"
         path = args.encoder or folder / "model.pt"
-        if not path.exists() and not args.eval:
-            flags = f"--latents {args.latent} --seed {seed} --seeds 1 --out {args.out}"
-            sys.exit(f"there is no {path}: `python conv_ae.py {flags}` makes it")
-        if path.exists():
-            encoders[seed] = conv_ae.load(path).encoder
-            weights = encoders[seed].features.state_dict().values()
-            text = b"".join(tensor.numpy().tobytes() for tensor in weights)
-            hashes[seed] = hashlib.sha256(text).hexdigest()[:16]
+        if not path.exists():
+            advice = f"train it with conv_ae.py (--latents {args.latent}), or give --encoder"
+            sys.exit(f"there is no autoencoder {path} of seed {seed}: {advice}")
+        autoencoder = conv_ae.Autoencoder(args.latent)
+        common.read(path, model=autoencoder)
+        encoders[seed] = autoencoder.encoder
+        weights = encoders[seed].features.state_dict().values()
+        text = b"".join(tensor.numpy().tobytes() for tensor in weights)
+        hashes[seed] = hashlib.sha256(text).hexdigest()[:16]
     return encoders, hashes
 
 
@@ -195,15 +196,17 @@ def plot_learning_curves(runs):
     """Validation accuracy by epoch, a panel per label count: mean and one std over seeds."""
     groups = common.group(runs, ["labels", "strategy"])
     counts = sorted({labels for labels, _ in groups})
-    size = (max(6, 3.6 * len(counts)), 4)
-    figure, panels = plt.subplots(1, len(counts), figsize=size, squeeze=False)
+    width = max(6, 3.6 * len(counts))
+    figure, panels = plt.subplots(1, len(counts), figsize=(width, 4), squeeze=False)
     for labels, axes in zip(counts, panels[0]):
         for strategy in [name for name in STYLE if (labels, name) in groups]:
             line, color = STYLE[strategy]
-            accuracies = defaultdict(list)  # by epoch; a run that stopped early is in up to its end
+            accuracies = defaultdict(list)  # by epoch, up to the end of the shortest run
             for run in groups[labels, strategy]:
                 for check in run["validation"]:
                     accuracies[check["epoch"]].append(check["accuracy"])
+            n = len(groups[labels, strategy])
+            accuracies = {epoch: y for epoch, y in accuracies.items() if len(y) == n}
             points = [common.mean_std("y", values) for values in accuracies.values()]
             mean = torch.tensor([point["y_mean"] for point in points])
             std = torch.tensor([point["y_std"] or 0 for point in points])
@@ -219,8 +222,7 @@ def plot_learning_curves(runs):
 
 
 def plot_confusion(runs, summary):
-    """The test set's confusions in the first run of the best strategy: best in validation, of
-    those with the most labels."""
+    """The test set's confusions in the first run of the strategy that validates best."""
     best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
     run = common.group(runs, ["labels", "strategy"])[best["labels"], best["strategy"]][0]
     figure, axes = plt.subplots(figsize=(8, 7.2))
@@ -252,7 +254,7 @@ def main(argv=None):
     args = common.parse_args(parser, Config, argv)
 
     encoders, hashes = {}, {}
-    if args.strategies != ["scratch"]:
+    if args.strategies != ["scratch"] and not args.eval:
         encoders, hashes = load_encoders(args)
 
     data = common.load_data(args.data, args.device)
@@ -269,16 +271,17 @@ def main(argv=None):
     for folder, config in common.share_out(runs, args):
         torch.manual_seed(config.seed)
         model = Classifier(config)
-        if config.strategy != "scratch" and config.seed in encoders:
+        if args.eval:  # the autoencoder may be gone
+            saved = common.read(folder / "metrics.json")["config"]
+            config = replace(config, encoder_hash=saved.get("encoder_hash"))
+        elif config.strategy != "scratch":
             model.encoder.load_state_dict(encoders[config.seed].features.state_dict())
         model = conv_ae.to_device(model, args.device)
         train = labelled(data.train, config.labels, config.seed)
         subset = common.Data(train, data.val, data.test)
         common.run(model, subset, config, args, folder, evaluate)
-    if args.eval:
-        return
 
-    metrics = common.read_runs(runs)
+    metrics = common.read_runs(runs, args)
     if metrics is None:
         return
     summary = summarize(metrics)

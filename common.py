@@ -6,6 +6,7 @@ reports all of them. `run` trains one model and writes its folder. A study is a 
 """
 
 import argparse
+import ast
 import copy
 import dataclasses
 import functools
@@ -17,11 +18,11 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from collections import defaultdict, namedtuple
@@ -93,10 +94,8 @@ def make_parser(doc, config_class):
     text = "runs of each setting, with the seeds from --seed on (default: %(default)s)"
     add("--seeds", type=number(int, 1, 1000), default=1, metavar="N", help=text)
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    text = "folder of the dataset (default: %(default)s)"
-    add("--data", type=Path, default="data", metavar="DIR", help=text)
-    text = "folder of the results (default: %(default)s)"
-    add("--out", type=Path, default="results", metavar="DIR", help=text)
+    add("--data", type=Path, default="data", help="folder of the dataset (default: %(default)s)")
+    add("--out", type=Path, default="results", help="folder of the results (default: %(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on where this command stopped")
     mode.add_argument("--eval", action="store_true", help="only evaluate the saved weights again")
@@ -108,7 +107,7 @@ def parse_args(parser, config_class, argv):
     range and `command` as typed. A bad value ends in argparse's message and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if "" in argv:  # a shell makes it of an unset variable
+    if any(word == "" or word.endswith("=") for word in argv):  # of a shell's unset variable
         parser.error("an argument is empty")
     for name, value in vars(args).items():
         if isinstance(value, list) and len(set(value)) < len(value):
@@ -145,6 +144,8 @@ def cli(main):
         sys.exit(130)
     except BrokenPipeError:  # of `| head`: nobody reads on, not even what Python says at its exit
         os._exit(1)
+    except OSError as error:  # of a full disk, a folder that is read-only
+        sys.exit(f"{error}: make it accessible, or give another folder")
 
 
 # data ---------------------------------------------------------------------------------------------
@@ -163,14 +164,14 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fas
 
 def read_genuine(path):
     """The bytes of one of the four files, unpacked. Ends the process where they are not those."""
+    advice = "put the genuine file into DIR/FashionMNIST/raw and give --data DIR"
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error):
-        content = b""
+    except (OSError, EOFError, zlib.error) as error:
+        sys.exit(f"{path} can't be read ({error}): {advice}")
     if hashlib.sha256(content).hexdigest() != SHA256[path.name.removesuffix(".gz")]:
-        advice = "put the genuine file into DIR/FashionMNIST/raw and give --data DIR"
         sys.exit(f"{path} is damaged or of another dataset (its SHA-256 differs): {advice}")
     return content
 
@@ -187,7 +188,7 @@ def fetch(raw, names):
                 source = Path(FashionMNIST(temporary, download=True).raw_folder)
             except Exception as error:  # of urllib, http, zlib, torchvision: a dozen types
                 advice = "go online, put it there or `apt-get install dataset-fashion-mnist`"
-                sys.exit(f"no {raw / names[0]} and no download ({one_line(error)}): {advice}")
+                sys.exit(f"no {raw / names[0]} and no download ({error!r:.200}): {advice}")
         print(f"data: unpacking {source}", flush=True)
         for name in names:
             save(raw / name, read_genuine(source / f"{name}.gz"))
@@ -196,7 +197,7 @@ def fetch(raw, names):
 def load_data(folder, device):
     """Fashion-MNIST (Xiao et al., 2017) on `device`. All scripts and seeds validate on the same
     images: an encoder must not have seen another script's validation images."""
-    from torchvision.datasets import FashionMNIST  # not at the top: --help would wait for it
+    from torchvision.datasets import mnist  # not at the top: --help would wait for it
 
     raw = folder / "FashionMNIST" / "raw"
     missing = [name for name in SHA256 if not (raw / name).exists()]
@@ -206,10 +207,10 @@ def load_data(folder, device):
         read_genuine(raw / name)
     print(f"data: {raw}", flush=True)
     splits = []
-    for train in (True, False):
-        dataset = FashionMNIST(folder, train=train)
-        images = dataset.data.to(device).unsqueeze(1).float() / 255
-        splits.append(Split(images, dataset.targets.to(device)))
+    for name in ("train", "t10k"):
+        images = mnist.read_image_file(raw / f"{name}-images-idx3-ubyte").to(device)
+        labels = mnist.read_label_file(raw / f"{name}-labels-idx1-ubyte").to(device)
+        splits.append(Split(images.unsqueeze(1).float() / 255, labels))
     full, test = splits
     count = len(full.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)
@@ -368,8 +369,7 @@ def load_checkpoint(folder, state, config, code_hash):
 
 @torch.no_grad()
 def knn_accuracy(index, index_labels, queries, query_labels, k=10):
-    """Share of `queries` (Q, D) whose label is the most frequent of their k nearest, by Euclidean
-    distance, in `index` (N, D)."""
+    """Accuracy on `queries` (Q, D) of a vote of the k nearest in `index`, by Euclidean distance."""
     k = min(k, len(index))
     nearest = [torch.cdist(q, index).topk(k, largest=False).indices for q in queries.split(1000)]
     votes = index_labels[torch.cat(nearest)].cpu().mode(1).values  # MPS has no mode
@@ -377,10 +377,6 @@ def knn_accuracy(index, index_labels, queries, query_labels, k=10):
 
 
 # runs on disk -------------------------------------------------------------------------------------
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200]
 
 
 def describe(metrics):
@@ -400,16 +396,14 @@ def save(path, content):
     else:
         buffer.write(content if isinstance(content, bytes) else content.encode())
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(buffer.getvalue())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
     except OSError as error:
-        advice = "make space there, or give another folder"
-        sys.exit(f"{path} can't be written ({error.strerror}): {advice}")
+        sys.exit(f"{path} can't be written ({error}): make space, or give another folder")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path, **parts):
@@ -422,11 +416,10 @@ def read(path, **parts):
             content = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(content[name])
-        if "config" not in content:
-            raise ValueError("there is no config in it")
+        dict(content["config"])  # every file of a run has one
         return content
     except Exception as error:  # absent, damaged, of another network, a pickle with code
-        sys.exit(f"{path} can't be used ({one_line(error)}): restore it, or give another path")
+        sys.exit(f"{path} can't be used ({error!r:.200}): restore it, or give another path")
 
 
 def check_origin(saved, config, path, code_hash=None):
@@ -438,21 +431,25 @@ def check_origin(saved, config, path, code_hash=None):
             sys.exit(f"{path} was made with {name} {then.get(name)}, not {own.get(name)}: {advice}")
     if code_hash is not None and saved.get("code") != code_hash:
         advice = "undo the edit, or give another --out"
-        sys.exit(f"{path} was made by another model, loss or train_loop than now: {advice}")
+        sys.exit(f"{path} was made by another model, loss or training loop: {advice}")
 
 
 @functools.cache  # a file that is edited during a study does not change what the study runs
 def source(thing):
-    """The source code of a class or function without comments and docstrings."""
-    return re.sub(r'""".*?"""|\s*#[^\n]*', "", inspect.getsource(thing), flags=re.DOTALL)
+    """The source code of a class or function, without comments and what docstrings say."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return ast.unparse(tree)
 
 
 def hash_code(model):
-    """A hash of the code that computes: the model's own classes and the training loop."""
+    """A hash of the code that makes the weights: the model's own classes and the training loop."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     own = [item for item in classes if item.__module__.split(".")[0] not in ("torch", "builtins")]
-    parts = [train_loop, learning_rate, *sorted(own, key=lambda item: item.__qualname__)]
-    text = "\n".join(source(part) for part in parts)
+    loop = [train_loop, test_loop, learning_rate, best_epoch, stops_early, forward]
+    text = "\n".join(sorted(source(item) for item in [*own, *loop]))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -511,12 +508,12 @@ def confirm(model, data, config, folder, evaluate):
     saved = read(folder / "metrics.json")
     check_origin(saved, config, folder)
     read(folder / "model.pt", model=model)
-    recorded, measured = saved.get("test", {}), evaluate(model.eval(), data)["test"]
+    recorded, measured = saved.get("test") or {}, evaluate(model.eval(), data)["test"]
     for name in {**recorded, **measured}:
-        now, then = measured.get(name, math.nan), recorded.get(name, math.nan)
-        if not math.isclose(now, then, rel_tol=5e-4):
+        now, then = measured.get(name, math.nan), recorded.get(name)
+        if not isinstance(then, int | float) or not math.isclose(now, then, rel_tol=5e-4):
             reason = "the weights, the code or the data are not those of that run"
-            sys.exit(f"{folder}: {name} is {now:.6g}, not {then:.6g} as recorded: {reason}")
+            sys.exit(f"{folder}: {name} is {now}, not {then} as recorded: {reason}")
     print(f"{folder}: confirmed: {describe(measured)}", flush=True)
 
 
@@ -528,28 +525,31 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun numbers its processes
 
 
 def share_out(runs, args):
-    """Yields the runs {folder: config} that this process makes: all or, under torchrun, every
-    n-th. Runs in a sensible order, longest first, make about equal shares."""
+    """Yields the runs {folder: config} of this process: all or, under torchrun, every n-th."""
     if args.eval:
-        runs = {folder: config for folder, config in runs.items() if is_complete(folder)}
-        if not runs:
+        saved = {folder: runs[folder] for folder in runs if (folder / "model.pt").exists()}
+        print(f"{len(saved)} of {len(runs)} runs have a model.pt", flush=True)
+        if not saved:
             sys.exit(f"no model.pt of this command below {args.out}: check its flags and --out")
+        runs = saved
     for number, (folder, config) in enumerate(runs.items()):
         if number % WORLD_SIZE == RANK:
             print(f"--- {folder.name}: run {number + 1} of {len(runs)}", flush=True)
             yield folder, config
 
 
-def read_runs(runs):
-    """The metrics of the runs {folder: config}, each with its folder's name; None until all are
-    complete. Processes do not wait for each other: the one that finds all complete goes on."""
+def read_runs(runs, args):
+    """The metrics of the runs {folder: config}, each with its folder's name; None with --eval and
+    until all are complete: the process that completes the last run goes on to the summary."""
+    if args.eval:
+        return None
     complete = []
     for folder, config in runs.items():
         saved = read(folder / "metrics.json") if is_complete(folder) else {}
         if saved.get("config") == vars(config):
             complete.append({"folder": folder.name, **saved})
     codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
-    if len(complete) < len(runs) or len(codes) > 1:
+    if len(complete) < len(runs) or len(codes) > 1 or len(runs) <= RANK:
         print(f"{len(complete)} of {len(runs)} runs are complete: the last one brings the summary")
         return None
     return complete
@@ -641,8 +641,8 @@ COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
 # fmt: on
 
 plt.rcParams.update({"font.size": 11, "legend.frameon": False, "savefig.dpi": 130})
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.bbox": "tight"})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
 
 

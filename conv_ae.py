@@ -26,21 +26,13 @@ class Config(common.Config):
 # model and loss -----------------------------------------------------------------------------------
 
 
-class Flatten(nn.Module):
-    """(B, C, H, W) to (B, H * W * C): the order of channels_last memory, so nothing is copied."""
+class Features(nn.Sequential):
+    """Images (B, 1, 28, 28) to features (B, 3200)."""
 
-    def forward(self, x):
-        return x.permute(0, 2, 3, 1).flatten(1)
-
-
-class Encoder(nn.Module):
-    """Images (B, 1, 28, 28) to features (B, 3200), and those to the latent vector (B, latent)."""
-
-    def __init__(self, latent):
-        super().__init__()
+    def __init__(self):
         # Pooling first leaves a quarter of the work. With the default momentum of 0.1 the
         # statistics of a short run would lag.
-        self.features = nn.Sequential(
+        super().__init__(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.MaxPool2d(2),  # to 14x14
             nn.BatchNorm2d(32, momentum=0.5),
@@ -52,8 +44,18 @@ class Encoder(nn.Module):
             nn.Conv2d(64, 128, 3),  # to 5x5
             nn.BatchNorm2d(128, momentum=0.5),
             nn.ReLU(),
-            Flatten(),
         )
+
+    def forward(self, x):
+        return super().forward(x).permute(0, 2, 3, 1).flatten(1)  # as channels_last memory has it
+
+
+class Encoder(nn.Module):
+    """Images (B, 1, 28, 28) to the latent vector (B, latent)."""
+
+    def __init__(self, latent):
+        super().__init__()
+        self.features = Features()
         self.project = nn.Linear(128 * 5 * 5, latent)
 
     def forward(self, x):
@@ -233,15 +235,12 @@ def main(argv=None):
         torch.manual_seed(config.seed)
         model = to_device(Autoencoder(config.latent), args.device)
         common.run(model, data, config, args, folder, evaluate)
-    if args.eval:
-        return
 
-    metrics = common.read_runs(runs)
+    metrics = common.read_runs(runs, args)
     if metrics is None:
         return
     summary = summarize(metrics, data)
-    first = {run["config"]["latent"]: run for run in reversed(metrics)}  # of the first seed
-    folders = [study / first[row["latent"]]["folder"] for row in summary]
+    folders = [study / f"latent{row['latent']:03d}-seed{args.seed}" for row in summary]
     figures = {
         "latent_vs_error": plot_errors(summary, args.epochs),
         "reconstructions": plot_reconstructions(folders, data),

@@ -191,10 +191,6 @@ def plot_interpolations(model, prototypes):
     return common.image_grid(torch.stack(rows), names)
 
 
-def encode_base64(tensor):
-    return base64.b64encode(tensor.cpu().numpy().tobytes()).decode()
-
-
 def explorer(model, mu, prototypes, examples):
     """explorer.html with its data filled in: the decoder, the ranges of mu, and the prototype and
     an example image of each class. None where the page can't compute a layer of the decoder."""
@@ -208,8 +204,10 @@ def explorer(model, mu, prototypes, examples):
         elif isinstance(layer, nn.Sigmoid):
             layers.append({"name": "Sigmoid"})
         elif not isinstance(layer, nn.Unflatten):
-            print(f"no explorer.html: the page has no {type(layer).__name__}", flush=True)
-            return None
+            layers.append(None)
+    if None in layers or not torch.equal(model.decode(prototypes), model.decoder(prototypes)):
+        print("no explorer.html: the page can't compute this decoder", flush=True)
+        return None
     low = mu.quantile(0.001, 0).clamp(max=-4).tolist()  # at least what the prior draws
     high = mu.quantile(0.999, 0).clamp(min=4).tolist()
     ranges = zip(mu.T, low, high)
@@ -219,11 +217,11 @@ def explorer(model, mu, prototypes, examples):
         classes[name] = {
             "prototype": prototype.tolist(),
             "mu": model.encode(image)[0].flatten().tolist(),
-            "pixels": encode_base64((255 * image).byte()),
+            "pixels": base64.b64encode((255 * image).byte().cpu().numpy()).decode(),
         }
     data = {
         "layers": layers,
-        "weights": encode_base64(torch.cat(weights)),
+        "weights": base64.b64encode(torch.cat(weights).cpu().numpy()).decode(),
         "low": low,
         "high": high,
         "histograms": histograms,
@@ -244,20 +242,19 @@ def plot(model, data, run, folder):
     originals, names = common.one_of_each_class(data.test)
     decoded = model.decode(model.encode(originals)[0])
     rows = torch.stack([originals, decoded, model.decode(prototypes)])
-    row_names = ["original", "decoded mu", "decoded\nprototype"]
-    noise = torch.randn(50, mu.shape[1], generator=torch.Generator().manual_seed(0))
-    samples = model.decode(noise.to(mu.device)).view(5, 10, 1, 28, 28)
+    noise = torch.randn(50, mu.shape[1], generator=torch.Generator().manual_seed(0)).to(mu.device)
 
     mu, labels = mu.cpu(), data.test.labels.cpu()
+    (folder / "explorer.html").unlink(missing_ok=True)  # that of another decoder
     page = explorer(model, mu, prototypes, originals)
     if page is not None:
         common.save(folder / "explorer.html", page)
     return {
         "losses": plot_losses(folder / run["folder"] / "losses.csv", run["best_epoch"]),
-        "reconstructions": common.image_grid(rows, row_names, names),
+        "reconstructions": common.image_grid(rows, ["original", "decoded mu", "prototype"], names),
         "latent_pairs": plot_latent_pairs(mu, labels, largest, prototypes.cpu()),
         "interpolations": plot_interpolations(model, prototypes),
-        "samples": common.image_grid(samples),
+        "samples": common.image_grid(model.decode(noise).view(5, 10, 1, 28, 28)),
     }
 
 
@@ -273,10 +270,8 @@ def main(argv=None):
         torch.manual_seed(config.seed)
         model = VAE(config).to(args.device)
         common.run(model, data, config, args, folder, evaluate)
-    if args.eval:
-        return
 
-    metrics = common.read_runs(runs)
+    metrics = common.read_runs(runs, args)
     if metrics is None:
         return
     model = load(study / metrics[0]["folder"] / "model.pt").to(args.device)
