@@ -43,8 +43,7 @@ def option(default, help, low, high=1_000_000):
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides what a run computes: recorded, and compared by --resume and --eval.
-    An `option` is a flag too. The script sets the other fields."""
+    """All that decides what a run computes. An `option` is also a flag, the rest scripts set."""
 
     epochs: int = option(16, "epochs at most", low=1, high=99_999)
     batch_size: int = option(128, "images in a step", low=1)
@@ -127,7 +126,6 @@ def parse_args(parser, config_class, argv):
         torch.cuda.set_device(RANK % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
     args.device = torch.device(name)
-
     args.seeds = range(args.seed, args.seed + args.seeds)
     args.command = shlex.join(word for word in argv if word != "--resume")
     plt.switch_backend("agg")  # figures go to files only
@@ -407,8 +405,7 @@ def save(path, content):
 
 
 def read(path, **parts):
-    """The content of a run's .json or .pt file, a dict with its "config". Reading can't run code.
-    Each of `parts` loads the state of its name."""
+    """The content of a run's .json or .pt file. Each of `parts` loads the state of its name."""
     try:
         if Path(path).suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -539,8 +536,8 @@ def share_out(runs, args):
 
 
 def read_runs(runs, args):
-    """The metrics of the runs {folder: config}, each with its folder's name; None with --eval and
-    until all are complete: the process that completes the last run goes on to the summary."""
+    """The metrics of the runs {folder: config}, with their folders' names. None with --eval and
+    until all are complete: the process that completes the last one sums them up."""
     if args.eval:
         return None
     complete = []
