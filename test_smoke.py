@@ -2008,3 +2008,25 @@ def test_an_encoder_that_is_missing_damaged_or_of_another_size_is_named(
     damaged = failure(classifier.main, [*argv, "--encoder", str(tmp_path / "none.pt")])
     assert str(tmp_path / "none.pt") in damaged
     classifier.main([*flags, *SCRATCH, "--epochs", "1"])  # it needs none
+
+
+# README -------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_example_study_and_its_use_of_weights_run(
+    studies, flags, tmp_path, monkeypatch
+):
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    example, use = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "denoise.py").write_text(example, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    denoise = importlib.import_module("denoise")
+    denoise.main([*flags, "--epochs", "1", "--seeds", "2", "--noises", "0", "0.3"])
+    summary = metrics(tmp_path / "out" / "denoise")["summary"]
+    assert [(row["noise"], row["n"]) for row in summary] == [(0, 2), (0.3, 2)]
+    assert (tmp_path / "out" / "denoise" / "accuracy_by_noise.png").exists()
+    shutil.copytree(studies.out, tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(use, names)
+    assert names["images"].shape == (10, 1, 28, 28) and names["mu"].shape == (10, 8)
