@@ -143,7 +143,7 @@ def cli(main):
     except BrokenPipeError:  # of `| head`: nobody reads on, not even what Python says at its exit
         os._exit(1)
     except OSError as error:  # of a full disk, a folder that is read-only
-        sys.exit(f"{error}: make it accessible, or give another folder")
+        sys.exit(f"{error}: check space and permissions, or give another folder")
 
 
 # data ---------------------------------------------------------------------------------------------
