@@ -32,6 +32,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from torch.nn import functional as F
 
 # hyperparameters and flags ------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ def option(default, help, low, high=1_000_000):
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides what a run computes. An `option` is also a flag, the rest scripts set."""
+    """All that decides what a run computes. An `option` is also a flag; scripts set the others."""
 
     epochs: int = option(16, "epochs at most", low=1, high=99_999)
     batch_size: int = option(128, "images in a step", low=1)
@@ -72,7 +73,7 @@ def number(kind, low, high):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # true for nan
+        if not low <= value <= high:  # nan fails too
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low:,} to {high:,}")
         return value
 
@@ -161,7 +162,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fas
 
 
 def read_genuine(path):
-    """The bytes of one of the four files, unpacked. Ends the process where they are not those."""
+    """The bytes of one of the four files, unpacked. Ends the process on a wrong checksum."""
     advice = "put the genuine file into DIR/FashionMNIST/raw and give --data DIR"
     try:
         content = path.read_bytes()
@@ -221,7 +222,7 @@ def load_data(folder, device):
 
 
 def uses_bf16(model, device):
-    """Whether `model`, whose class may have `bf16 = True`, trains in it: where it is fast."""
+    """Whether training uses bfloat16: the class has `bf16 = True` and the device is fast in it."""
     fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -280,16 +281,16 @@ def test_loop(model, split, batch_size=250):
 
 
 def train_loop(model, data, config, folder, code_hash, resume):
-    """Trains `model`, leaves it at its best weights and returns the history, a row an epoch.
-    Validated and kept is the exponential moving average (EMA) of the weights (Polyak & Juditsky,
-    1992), which is less noisy. `folder` gets the state after each epoch, in checkpoint.pt."""
+    """Trains `model`, leaves it at `best_epoch`'s weights and returns the history, a row an epoch.
+    Validated and kept is the exponential moving average (EMA) of weights and batch norm statistics:
+    Polyak averaging, less noisy. `folder` gets the state after each epoch, in checkpoint.pt."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
-    ema, best = copy.deepcopy(model), copy.deepcopy(model)
-    pairs = zip(ema.state_dict().values(), model.state_dict().values())  # they share memory
+    ema, kept = copy.deepcopy(model), copy.deepcopy(model)
+    pairs = zip(ema.state_dict().values(), model.state_dict().values())  # the tensors, no copies
     ema_pairs = [(average, latest) for average, latest in pairs if latest.is_floating_point()]
-    state = {"model": model, "ema": ema, "best": best, "optimizer": optimizer}
+    state = {"model": model, "ema": ema, "kept": kept, "optimizer": optimizer}
     history = load_checkpoint(folder, state, config, code_hash) if resume else []
 
     count = len(data.train.labels)
@@ -323,7 +324,7 @@ def train_loop(model, data, config, folder, code_hash, resume):
         if epoch % config.val_every == 0 or epoch == config.epochs:
             history[-1]["val"] = test_loop(ema, data.val)
             if best_epoch(history, config) == epoch:
-                best.load_state_dict(ema.state_dict())
+                kept.load_state_dict(ema.state_dict())
         history[-1]["seconds"] = round(time.perf_counter() - start, 4)
         print_epoch(folder.name, history, config)
         losses = [history[-1]["train_loss"], *history[-1].get("val", {}).values()]
@@ -335,7 +336,7 @@ def train_loop(model, data, config, folder, code_hash, resume):
 
     if len(history) < config.epochs:
         print(f"{folder.name}: stops early, after {config.patience} epochs without progress")
-    model.load_state_dict(best.state_dict())
+    model.load_state_dict(kept.state_dict())
     return history
 
 
@@ -547,7 +548,9 @@ def read_runs(runs, args):
             complete.append({"folder": folder.name, **saved})
     codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
     if len(complete) < len(runs) or len(codes) > 1 or len(runs) <= RANK:
-        print(f"{len(complete)} of {len(runs)} runs are complete: the last one brings the summary")
+        print(
+            f"no summary yet: {len(complete)} of {len(runs)} runs are complete, versions: {len(codes)}"
+        )
         return None
     return complete
 
@@ -657,9 +660,7 @@ def image_grid(rows, row_labels=None, column_labels=None, scale=0.75):
     width = scale * columns + (1.2 if row_labels else 0)
     height = scale * count + (0.3 if column_labels else 0)
     figure, axes = plt.subplots(figsize=(width, height))
-    tiles = torch.nn.functional.pad(
-        rows.squeeze(2).cpu(), (1, 1, 1, 1)
-    )  # a pixel around each image
+    tiles = F.pad(rows.squeeze(2).cpu(), (1, 1, 1, 1))  # a pixel around each image
     picture = tiles.permute(0, 2, 1, 3).reshape(count * 30, columns * 30)
     axes.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.spines[:].set_visible(False)

@@ -47,7 +47,7 @@ class Features(nn.Sequential):
         )
 
     def forward(self, x):
-        return super().forward(x).permute(0, 2, 3, 1).flatten(1)  # as channels_last memory has it
+        return super().forward(x).permute(0, 2, 3, 1).flatten(1)  # NHWC: no copy if channels_last
 
 
 class Encoder(nn.Module):
