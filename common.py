@@ -549,7 +549,7 @@ def read_runs(runs, args):
     codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
     if len(complete) < len(runs) or len(codes) > 1 or len(runs) <= RANK:
         print(
-            f"no summary yet: {len(complete)} of {len(runs)} runs are complete, versions: {len(codes)}"
+            f"no summary yet: complete {len(complete)} of {len(runs)}, code versions {len(codes)}"
         )
         return None
     return complete

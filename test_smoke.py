@@ -1296,7 +1296,7 @@ def test_processes_share_a_study_and_the_last_one_sums_up_the_same_bytes(
         printed = capsys.readouterr().out
         shares.append(re.findall(r"^--- (seed\d): run", printed, re.MULTILINE))
         if rank == 1:
-            assert "1 of 3 runs are complete" in printed
+            assert "no summary yet: complete 1 of 3" in printed
             assert [path.name for path in study.iterdir()] == ["seed1"]
     assert shares == [["seed1"], ["seed0", "seed2"]]
     assert {path: content for path, (_, content) in files(study).items()} == alone
