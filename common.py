@@ -272,9 +272,8 @@ def test_loop(model, split, batch_size=250):
     """The means of `model.loss` over a split. Its noise is the same every time."""
     model.eval()
     torch.manual_seed(0)
-    batches = zip(split.images.split(batch_size), split.labels.split(batch_size))
     totals = defaultdict(float)
-    for images, labels in batches:
+    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
         for name, mean in model.loss(images, labels).items():
             totals[name] += mean.item() * len(labels)
     return {name: round(total / len(split.labels), 7) for name, total in totals.items()}
