@@ -1896,6 +1896,7 @@ def test_augmentation_erases_one_rectangle_of_up_to_half_the_sides():
         sides = [changed[hit].any(axis).sum(1) for axis in (1, 2)]  # columns, then rows
         for side in sides:
             assert side.max() == 14 and side.double().mean().item() == pytest.approx(7.5, abs=0.4)
+        assert (sides[0] != sides[1]).double().mean() > 0.8  # rows and columns are drawn apart
         assert torch.equal(sides[0] * sides[1], changed[hit].sum((1, 2)))  # all of the box
         for axis in (1, 2):  # in one piece, and up to the edges
             inside = changed[hit].any(axis).int()
