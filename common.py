@@ -104,7 +104,7 @@ def make_parser(doc, config_class):
 
 def parse_args(parser, config_class, argv):
     """The flags, with `config` made of the hyperparameters, `device` a torch.device, `seeds` a
-    range and `command` as typed. A bad value ends in argparse's message and exit code 2."""
+    range and `command` what was typed. A bad value ends in argparse's message and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if any(word == "" or word.endswith("=") for word in argv):  # of a shell's unset variable
@@ -128,7 +128,7 @@ def parse_args(parser, config_class, argv):
         torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
     args.device = torch.device(name)
     args.seeds = range(args.seed, args.seed + args.seeds)
-    args.command = shlex.join(word for word in argv if word != "--resume")
+    args.command = "".join(f" {shlex.quote(word)}" for word in argv if word != "--resume")
     plt.switch_backend("agg")  # figures go to files only
     return args
 
@@ -622,7 +622,7 @@ def save_study(folder, summary, runs, figures, args):
 
     table = format_table(summary)
     pictures = [f"![{name.replace('_', ' ')}]({name}.png)" for name in figures]
-    parts = [f"# {folder.name}", f"`python {folder.name}.py {args.command}`", table, *pictures]
+    parts = [f"# {folder.name}", f"`python {folder.name}.py{args.command}`", table, *pictures]
     for name, figure in figures.items():
         save(folder / f"{name}.png", figure)
     save(folder / "README.md", "\n\n".join(parts) + "\n")
