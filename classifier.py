@@ -222,7 +222,7 @@ def plot_learning_curves(runs):
 
 
 def plot_confusion(runs, summary):
-    """The test set's confusions in the first run of the strategy that validates best."""
+    """Test confusions in the first run of the strategy that validates best with the most labels."""
     best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
     run = common.group(runs, ["labels", "strategy"])[best["labels"], best["strategy"]][0]
     figure, axes = plt.subplots(figsize=(8, 7.2))

@@ -63,9 +63,8 @@ try:
     common.load_data(args.data, args.device)
 except SystemExit as error:
     print(error, file=sys.stderr)
-    # Where the download failed, the message advises to install Debian's package.
-    nowhere = not any(args.data.glob("FashionMNIST/raw/*-ubyte"))
-    sys.exit(3 if nowhere and "apt-get" in str(error) else 1)
+    nowhere = not any(args.data.glob("FashionMNIST/raw/*-ubyte")) and not common.DEBIAN.exists()
+    sys.exit(3 if nowhere else 1)
 CHECK
 
 as_root() {

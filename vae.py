@@ -193,7 +193,7 @@ def plot_interpolations(model, prototypes):
 
 def explorer(model, mu, prototypes, examples):
     """explorer.html with its data filled in: the decoder, the ranges of mu, and the prototype and
-    an example image of each class. None where the page can't compute a layer of the decoder."""
+    an example image of each class. None where the page can't compute the decoder."""
     layers, weights = [], []
     for layer in model.decoder:
         if isinstance(layer, nn.Linear) and layer.bias is not None:
