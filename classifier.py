@@ -6,6 +6,7 @@ scratch?
 """
 
 import hashlib
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ STYLE = {  # of the curves, by strategy
     "finetune": ("^-", common.COLORS[2]),
     "frozen": ("s--", common.COLORS[1]),
 }
+# The differences in the summary: of which accuracy, to which strategy.
+COMPARED = [("accuracy", "scratch"), ("first_val_accuracy", "scratch"), ("accuracy", "frozen")]
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ class Config(common.Config):
     weight_decay: float = 0.05
     label_smoothing: float = common.option(0.05, "label smoothing", low=0, high=1)
     dropout: float = common.option(0.3, "dropout before the last layer", low=0, high=1)
-    shift_epochs: int = common.option(30, "images seen so often are always shifted", low=1)
-    erase_epochs: int = common.option(30, "longer runs also erase rectangles", low=1)
+    epoch_images: int = common.option(5000, "images in an epoch, at least", low=1)
     latent: int = common.option(32, "latent dimensions of the autoencoder", low=1, high=4096)
     strategy: str = None  # one of --strategies
     labels: int = None  # one of --labels
@@ -53,10 +55,9 @@ class Classifier(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        encoder = conv_ae.Encoder(config.latent)
-        self.encoder = encoder.features
+        self.encoder = conv_ae.Features()
         self.head = nn.Sequential(
-            nn.Linear(encoder.project.in_features, 128),
+            nn.Linear(128 * 5 * 5, 128),
             nn.ReLU(),
             nn.Dropout(config.dropout),
             nn.Linear(128, 10),
@@ -64,8 +65,6 @@ class Classifier(nn.Module):
         self.frozen = config.strategy == "frozen"
         self.encoder.requires_grad_(not self.frozen)
         self.label_smoothing = config.label_smoothing
-        self.shift = config.epochs * passes(config.labels) / config.shift_epochs
-        self.erase = config.epochs / config.erase_epochs - 1
 
     def train(self, mode=True):
         """A frozen encoder stays in evaluation mode: its batch norms keep their statistics."""
@@ -89,24 +88,22 @@ class Classifier(nn.Module):
         return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
     def augment(self, images):
-        """Flips each image with probability 1/2. Shifts the batch by up to a pixel each way, with
-        probability `shift`. Fills a rectangle of up to half the sides with noise, in each image
-        with probability `erase` (random erasing, Zhong et al., 2020, arXiv:1708.04896)."""
+        """Each with probability 1/2: flips an image; fills a rectangle of it, of up to half the
+        sides, with noise (random erasing, Zhong et al., 2020, arXiv:1708.04896); shifts the whole
+        batch by up to a pixel each way."""
         count, device = len(images), images.device
         flip = torch.rand(count, 1, 1, 1, device=device) < 0.5
         images = torch.where(flip, images.flip(3), images)
-        if torch.rand(()) < self.shift:
+        if torch.rand(()) < 0.5:
             down, right = torch.randint(3, (2,)).tolist()
             images = F.pad(images, (1, 1, 1, 1))[:, :, down : down + 28, right : right + 28]
-        if self.erase > 0:
-            size = torch.randint(1, 15, (count, 2, 1), device=device)
-            start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
-            pixel = torch.arange(28, device=device)
-            inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28): rows and columns
-            box = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
-            box &= torch.rand(count, 1, 1, 1, device=device) < self.erase
-            images = torch.where(box, torch.rand_like(images), images)
-        return images
+        size = torch.randint(1, 15, (count, 2, 1), device=device)
+        start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
+        pixel = torch.arange(28, device=device)
+        inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28): rows and columns
+        box = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
+        box &= torch.rand(count, 1, 1, 1, device=device) < 0.5
+        return torch.where(box, torch.rand_like(images), images)
 
 
 def load(path):
@@ -128,16 +125,11 @@ def label_subset(labels, count, seed):
     return order[rank.argsort(stable=True)][:count].to(labels.device)
 
 
-def passes(count):
-    """How often an epoch goes over `count` labels: so that 100 get more than one step an epoch."""
-    return max(1, round((5_000 / count) ** 0.5))
-
-
-def labelled(split, count, seed):
-    """The training split cut to `count` labels, repeated so that an epoch is worth its time."""
-    if count == len(split.labels):
-        return split  # not a copy: it would be the largest thing in memory
-    chosen = label_subset(split.labels, count, seed).repeat(passes(count))
+def labelled(split, config):
+    """The training split cut to `config.labels` images. These are repeated until an epoch has
+    `epoch_images`: few images alone would make few steps."""
+    chosen = label_subset(split.labels, config.labels, config.seed)
+    chosen = chosen.repeat(math.ceil(config.epoch_images / config.labels))
     return common.Split(split.images[chosen], split.labels[chosen])
 
 
@@ -146,15 +138,16 @@ def load_encoders(args):
     classifier takes from them."""
     encoders, hashes = {}, {}
     for seed in args.seeds:
-        folder = args.out / "conv_ae" / f"latent{args.latent:03d}-seed{seed}"
-        path = args.encoder or folder / "model.pt"
+        path = args.encoder or args.out / "conv_ae"
+        if path.suffix != ".pt":
+            path = path / f"latent{args.latent:03d}-seed{seed}" / "model.pt"
         if not path.exists():
             advice = f"train it with conv_ae.py (--latents {args.latent}), or give --encoder"
             sys.exit(f"there is no autoencoder {path} of seed {seed}: {advice}")
         autoencoder = conv_ae.Autoencoder(args.latent)
         common.read(path, model=autoencoder)
-        encoders[seed] = autoencoder.encoder
-        weights = encoders[seed].features.state_dict().values()
+        encoders[seed] = autoencoder.encoder.features
+        weights = encoders[seed].state_dict().values()
         text = b"".join(tensor.numpy().tobytes() for tensor in weights)
         hashes[seed] = hashlib.sha256(text).hexdigest()[:16]
     return encoders, hashes
@@ -164,28 +157,39 @@ def load_encoders(args):
 
 
 def evaluate(model, data):
-    """The test loss and accuracy, and the confusion matrix: a row for each true class."""
+    """The test loss and accuracy, and the confusions."""
     predicted = conv_ae.predict(model, data.test.images).argmax(1)
-    pairs = torch.bincount(10 * data.test.labels + predicted, minlength=100)
-    return {"test": common.test_loop(model, data.test), "confusion": pairs.view(10, 10).tolist()}
+    confusion = common.confusion(predicted, data.test.labels)
+    return {"test": common.test_loop(model, data.test), "confusion": confusion}
+
+
+def accuracies(runs):
+    """Lists of the runs' accuracies by name. "val" is of the weights that are kept; "first_val" of
+    the first validation, after epoch 1 if none is left out."""
+    names = defaultdict(list)
+    for run in runs:
+        val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
+        names["accuracy"].append(run["test"]["accuracy"])
+        names["val_accuracy"].append(val[run["best_epoch"]])
+        names["first_val_accuracy"].append(val[min(val)])
+    return names
 
 
 def summarize(runs):
-    """A row per label count and strategy, over seeds. `minus_scratch` is the gain in test accuracy
-    over `scratch`, paired by seed, with its standard deviation over the pairs."""
+    """A row per label count and strategy: the metrics over the seeds, and the differences to the
+    other strategies, paired by seed."""
     summary = common.summarize(runs, ["labels", "strategy"])
     groups = common.group(runs, ["labels", "strategy"])
     for row in summary:
-        same = groups[row["labels"], row["strategy"]]
-        checks = [{val["epoch"]: val["accuracy"] for val in run["validation"]} for run in same]
-        kept = [check[run["best_epoch"]] for check, run in zip(checks, same)]
-        row |= common.mean_std("val_accuracy", kept)
-        row |= common.mean_std("val_accuracy_first_epoch", [check.get(1) for check in checks])
-        row["minus_scratch_mean"] = row["minus_scratch_std"] = None
-        if row["strategy"] != "scratch" and (row["labels"], "scratch") in groups:
-            pairs = zip(same, groups[row["labels"], "scratch"])  # the same seeds in the same order
-            gains = [run["test"]["accuracy"] - base["test"]["accuracy"] for run, base in pairs]
-            row |= common.mean_std("minus_scratch", gains)
+        own = accuracies(groups[row["labels"], row["strategy"]])
+        for name in ("val_accuracy", "first_val_accuracy"):
+            row |= common.mean_std_ci(name, own[name])
+        for name, base in COMPARED:
+            differences = [None]
+            if row["strategy"] != base and (row["labels"], base) in groups:
+                others = accuracies(groups[row["labels"], base])  # of the same seeds, in order
+                differences = [a - b for a, b in zip(own[name], others[name])]
+            row |= common.mean_std_ci(f"{name}_minus_{base}", differences)
     return summary
 
 
@@ -201,16 +205,11 @@ def plot_learning_curves(runs):
     for labels, axes in zip(counts, panels[0]):
         for strategy in [name for name in STYLE if (labels, name) in groups]:
             line, color = STYLE[strategy]
-            accuracies = defaultdict(list)  # by epoch, up to the end of the shortest run
-            for run in groups[labels, strategy]:
-                for check in run["validation"]:
-                    accuracies[check["epoch"]].append(check["accuracy"])
-            n = len(groups[labels, strategy])
-            accuracies = {epoch: y for epoch, y in accuracies.items() if len(y) == n}
-            points = [common.mean_std("y", values) for values in accuracies.values()]
-            mean = torch.tensor([point["y_mean"] for point in points])
-            std = torch.tensor([point["y_std"] or 0 for point in points])
-            epochs = list(accuracies)
+            curves = [run["validation"] for run in groups[labels, strategy]]
+            end = min(map(len, curves))  # with early stopping some are shorter
+            accuracy = torch.tensor([[row["accuracy"] for row in curve[:end]] for curve in curves])
+            mean, std = accuracy.mean(0), accuracy.std(0, correction=min(1, len(curves) - 1))
+            epochs = [row["epoch"] for row in curves[0][:end]]
             axes.plot(epochs, mean, line, color=color, markersize=4, label=strategy)
             axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.25)
         axes.set(xlabel="epoch", title=f"{labels:,} labels")
@@ -249,7 +248,7 @@ def main(argv=None):
     kind, default = common.number(int, 10, 50_000), [50_000, 10_000, 1000, 100]
     text = "labelled training images, runs of each count (default: %(default)s)"
     add("--labels", type=kind, nargs="+", default=default, metavar="N", help=text)
-    text = "an autoencoder's model.pt (default: that of --latent and the seed below OUT/conv_ae)"
+    text = "a model.pt, or a study's folder with one of each seed (default: OUT/conv_ae)"
     add("--encoder", type=Path, metavar="PATH", help=text)
     args = common.parse_args(parser, Config, argv)
 
@@ -275,9 +274,9 @@ def main(argv=None):
             saved = common.read(folder / "metrics.json")["config"]
             config = replace(config, encoder_hash=saved.get("encoder_hash"))
         elif config.strategy != "scratch":
-            model.encoder.load_state_dict(encoders[config.seed].features.state_dict())
+            model.encoder.load_state_dict(encoders[config.seed].state_dict())
         model = conv_ae.to_device(model, args.device)
-        train = labelled(data.train, config.labels, config.seed)
+        train = labelled(data.train, config)
         subset = common.Data(train, data.val, data.test)
         common.run(model, subset, config, args, folder, evaluate)
 

@@ -50,7 +50,7 @@ class Config:
     batch_size: int = option(128, "images in a step", low=1)
     lr: float = option(4e-3, "peak learning rate", low=1e-8, high=10)
     weight_decay: float = option(0.0, "weight decay", low=0, high=1000)
-    warmup_steps: int = option(200, "steps in which the learning rate rises", low=0)
+    warmup: float = option(0.05, "share of the steps in which the rate rises", low=0, high=1)
     constant_steps: int = option(2000, "the learning rate falls from this step on", low=0)
     ema_decay: float = option(0.998, "share of the EMA weights that a step keeps", low=0, high=1)
     val_every: int = option(1, "epochs from one validation to the next", low=1)
@@ -243,7 +243,7 @@ def learning_rate(step, steps, config):
     """Linear warm-up, then constant, then linear decay to zero over at least half of the steps
     (Hägele et al., 2024, arXiv:2405.18392)."""
     decay_start = min(config.constant_steps, steps // 2)
-    rising = (step + 1) / max(1, min(config.warmup_steps, steps))
+    rising = (step + 1) / max(1, round(config.warmup * steps))
     falling = (steps - step) / (steps - decay_start)
     return config.lr * min(rising, 1, falling)
 
@@ -268,10 +268,10 @@ def stops_early(history, config):
 
 
 @torch.no_grad()
-def test_loop(model, split, batch_size=250):
-    """The means of `model.loss` over a split. Its noise is the same every time."""
+def test_loop(model, split, seed=0, batch_size=250):
+    """The means of `model.loss` over a split. Its noise is that of the seed."""
     model.eval()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     totals = defaultdict(float)
     for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
         for name, mean in model.loss(images, labels).items():
@@ -303,7 +303,7 @@ def train_loop(model, data, config, folder, code_hash, resume):
         model.train()
         torch.manual_seed(100_000 * config.seed + epoch)  # an epoch draws the same when resumed
         order = torch.randperm(count).to(device)  # drawn by the CPU: the same on every device
-        for batch in order.split(config.batch_size):
+        for batch in order.tensor_split(steps_per_epoch):  # sizes differ by one at most
             rate = learning_rate(step, config.epochs * steps_per_epoch, config)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
@@ -366,12 +366,45 @@ def load_checkpoint(folder, state, config, code_hash):
 
 
 @torch.no_grad()
-def knn_accuracy(index, index_labels, queries, query_labels, k=10):
-    """Accuracy on `queries` (Q, D) of a vote of the k nearest in `index`, by Euclidean distance."""
+def knn(index, index_labels, queries, k=10):
+    """Labels (Q,) of `queries` (Q, D): the most frequent among the k nearest in `index` (N, D), by
+    Euclidean distance. Of equally frequent labels the one with the nearest image."""
     k = min(k, len(index))
     nearest = [torch.cdist(q, index).topk(k, largest=False).indices for q in queries.split(1000)]
-    votes = index_labels[torch.cat(nearest)].cpu().mode(1).values  # MPS has no mode
-    return (votes == query_labels.cpu()).double().mean().item()
+    labels = index_labels[torch.cat(nearest)]  # (Q, k), the nearest first
+    votes = (labels[:, :, None] == labels[:, None, :]).sum(2)
+    return labels.gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
+
+
+def accuracy(predicted, labels):
+    return (predicted == labels).sum().item() / len(labels)
+
+
+def confusion(predicted, labels):
+    """Counts as nested lists: a row for each true class, a column for each predicted one."""
+    return torch.bincount(10 * labels + predicted, minlength=100).view(10, 10).tolist()
+
+
+def baselines(data, sizes):
+    """What needs no network, {size: metrics}: the test error of PCA, the best linear autoencoder
+    (Baldi & Hornik, 1989), the 10-NN accuracy on its components, and that on the pixels."""
+    (train, train_labels), (test, test_labels) = data.train, data.test
+    train, test = train.flatten(1), test.flatten(1)
+    pixel_knn = accuracy(knn(train, train_labels, test), test_labels)
+    mean = train.cpu().double().mean(0)
+    train, test = (images.cpu().double().sub_(mean) for images in (train, test))
+    _, components = torch.linalg.eigh(train.T @ train)  # variances ascend
+    metrics = {}
+    for size in sizes:
+        basis = components[:, -size:]
+        index, queries = train @ basis, test @ basis
+        predicted = knn(index.float(), train_labels.cpu(), queries.float())
+        metrics[size] = {
+            "pca_mse": F.mse_loss(queries @ basis.T, test).item(),
+            "pca_knn_accuracy": accuracy(predicted, test_labels.cpu()),
+            "pixel_knn_accuracy": pixel_knn,
+        }
+    return metrics
 
 
 # runs on disk -------------------------------------------------------------------------------------
@@ -554,12 +587,23 @@ def read_runs(runs, args):
     return complete
 
 
-def mean_std(name, values):
-    """Entries of a summary's row: the mean, and the sample standard deviation of n > 1 values."""
-    if None in values:
-        return {f"{name}_mean": None, f"{name}_std": None}
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {f"{name}_mean": statistics.mean(values), f"{name}_std": std}
+# 97.5% quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_std_ci(name, values):
+    """Entries of a summary's row: the mean of n values and, where n > 1, their sample standard
+    deviation and the half width of the 95% t-interval of the mean."""
+    mean = std = ci = None
+    if None not in values:
+        mean = statistics.mean(values)
+    if mean is not None and len(values) > 1:
+        std, freedom = statistics.stdev(values), len(values) - 1
+        quantile = 1.96 + 2.4 / freedom + 2.8 / freedom**2  # within 0.005 from 10 on
+        if freedom <= len(T_QUANTILES):
+            quantile = T_QUANTILES[freedom - 1]
+        ci = quantile * std / math.sqrt(len(values))
+    return {f"{name}_mean": mean, f"{name}_std": std, f"{name}_ci": ci}
 
 
 def group(runs, names):
@@ -576,36 +620,45 @@ def summarize(runs, names):
     for setting, same in group(runs, names).items():
         row = {**dict(zip(names, setting)), "n": len(same), "parameters": same[0]["parameters"]}
         for metric in same[0]["test"]:
-            row |= mean_std(metric, [run["test"][metric] for run in same])
+            row |= mean_std_ci(metric, [run["test"][metric] for run in same])
         summary.append(row)
     return summary
 
 
 def format_cell(row, name):
-    """A value with four significant digits, and its standard deviation with the same decimals."""
+    """A value with four significant digits, then its standard deviation. A difference of two
+    metrics has its 95% interval in brackets instead."""
     value = row[name]
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int):
         return f"{value:,}"
     text = f"{value:#.4g}" if name.endswith("_mean") else f"{value:.4g}"
-    std = row.get(name.removesuffix("_mean") + "_std")
-    if std is not None:
-        decimals = len(text.partition(".")[2])
-        text += f" ± {std:.{decimals}f}"
-    return text
+    metric = name.removesuffix("_mean")
+    std, ci = row.get(f"{metric}_std"), row.get(f"{metric}_ci")
+    decimals = len(text.partition(".")[2])
+    if std is None:
+        return text
+    if "_minus_" in name:
+        return f"{text} [{value - ci:.{decimals}f}, {value + ci:.{decimals}f}]"
+    return f"{text} ± {std:.{decimals}f}"
 
 
 def format_table(summary):
-    """A summary as a Markdown table. Means and standard deviations share a column."""
+    """A summary as a Markdown table, a column a name. A single row is turned: a line a name."""
     columns = []
     for name in summary[0]:
-        if not name.endswith("_std"):
-            cells = [name.removesuffix("_mean"), *(format_cell(row, name) for row in summary)]
-            width = max(len(cell) for cell in cells)
-            cells.insert(1, "-" * width)
-            columns.append([cell.ljust(width) for cell in cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*columns))
+        if not name.endswith(("_std", "_ci")):
+            cells = [format_cell(row, name) for row in summary]
+            columns.append([name.removesuffix("_mean"), *cells])
+    if len(summary) == 1:
+        columns = list(zip(("metric", "value"), *columns))
+    table = []
+    for cells in columns:
+        width = max(len(cell) for cell in cells)
+        heading, *rest = [cell.ljust(width) for cell in cells]
+        table.append([heading, "-" * width, *rest])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*table))
 
 
 def save_study(folder, summary, runs, figures, args):

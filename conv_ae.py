@@ -134,36 +134,23 @@ def evaluate(model, data):
     """The test losses, and what the latent space keeps of the classes."""
     index = predict(model.encoder, data.train.images)
     queries = predict(model.encoder, data.test.images)
-    knn = common.knn_accuracy(index, data.train.labels, queries, data.test.labels)
-    return {"test": {**common.test_loop(model, data.test), "latent_knn_accuracy": knn}}
-
-
-def pca_errors(train, test, sizes):
-    """The test error of PCA, the best linear autoencoder (Baldi & Hornik, 1989), for each of the
-    sizes. `train` and `test` are (N, 784)."""
-    train, test = train.cpu().double(), test.cpu().double()
-    mean = train.mean(0)
-    train -= mean  # in place: float64 images take 300 MB
-    _, vectors = torch.linalg.eigh(train.T @ train / len(train))  # eigenvalues ascend
-    errors = {}
-    for size in sizes:
-        basis = vectors[:, -min(size, vectors.shape[1]) :]
-        projected = (test - mean) @ basis @ basis.T + mean
-        errors[size] = F.mse_loss(projected, test).item()
-    return errors
+    predicted = common.knn(index, data.train.labels, queries)
+    accuracy = common.accuracy(predicted, data.test.labels)
+    return {"test": {**common.test_loop(model, data.test), "latent_knn_accuracy": accuracy}}
 
 
 def summarize(runs, data):
-    """A row per latent size, over seeds, beside PCA's error and the 10-NN accuracy on pixels."""
-    train, test = data.train.images.flatten(1), data.test.images.flatten(1)
+    """A row per latent size: the test metrics over the seeds, beside what needs no autoencoder."""
     summary = common.summarize(runs, ["latent"])
-    pca = pca_errors(train, test, [row["latent"] for row in summary])
-    pixel_knn = common.knn_accuracy(train, data.train.labels, test, data.test.labels)
+    groups = common.group(runs, ["latent"])
+    baselines = common.baselines(data, [row["latent"] for row in summary])
     for row in summary:
-        row["pca_mse"] = pca[row["latent"]]
+        row |= baselines[row["latent"]]
         # With 784 dimensions PCA is exact and no ratio means anything.
-        row["ratio"] = row["mse_mean"] / row["pca_mse"] if row["latent"] < train.shape[1] else None
-        row["pixel_knn_accuracy"] = pixel_knn
+        row["ratio"] = row["mse_mean"] / row["pca_mse"] if row["latent"] < 784 else None
+        accuracies = [run["test"]["latent_knn_accuracy"] for run in groups[row["latent"],]]
+        gains = [accuracy - row["pca_knn_accuracy"] for accuracy in accuracies]
+        row |= common.mean_std_ci("knn_minus_pca", gains)
     return summary
 
 
@@ -190,6 +177,8 @@ def plot_errors(summary, epochs):
     compared = [row for row in summary if row["ratio"] is not None]
     pca = [row["pca_mse"] for row in compared]
     errors.plot([row["latent"] for row in compared], pca, "s--", color=gray, label="PCA")
+    pca_knn = [row["pca_knn_accuracy"] for row in summary]
+    classes.plot(sizes, pca_knn, "s--", color=gray, label="on PCA's components")
     for row in compared:
         below = {"xytext": (0, -18), "textcoords": "offset points", "ha": "center"}
         errors.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), **below)
@@ -199,7 +188,7 @@ def plot_errors(summary, epochs):
     errors.legend(title="×: error relative to PCA's", alignment="left")
 
     pixels = summary[0]["pixel_knn_accuracy"]
-    classes.axhline(pixels, linestyle="--", color=gray, label="on the 784 pixels")
+    classes.axhline(pixels, linestyle=":", color="black", label="on the 784 pixels")
     classes.set_ylabel("10-NN test accuracy on the latent vector")
     classes.legend(loc="lower right")
     return figure

@@ -38,8 +38,9 @@ STEPS = 4  # of an epoch, with batches of 50
 VAE = ["--epochs", "3", "--batch-size", "50", "--val-every", "2", "--seeds", "2"]
 CONV_AE = ["--epochs", "2", "--batch-size", "50", "--latents", "3", "32", "--seeds", "2"]
 CLASSIFIER = ["--epochs", "2", "--batch-size", "50", "--labels", "20", "200", "--seeds", "2"]
+CLASSIFIER += ["--epoch-images", "40"]
 STUDIES = list(zip(SCRIPTS, (VAE, CONV_AE, CLASSIFIER)))
-SCRATCH = ["--strategies", "scratch", "--labels", "200", "--seeds", "1"]
+SCRATCH = ["--strategies", "scratch", "--labels", "200", "--seeds", "1", "--epoch-images", "1"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -221,7 +222,7 @@ BAD_VALUES = {
     "--batch-size": NOT_COUNTS,
     "--lr": ("0", *NOT_REALS),
     "--weight-decay": NOT_REALS,
-    "--warmup-steps": NOT_FROM_ZERO,
+    "--warmup": ("1.01", *NOT_REALS),
     "--constant-steps": NOT_FROM_ZERO,
     "--ema-decay": ("1.01", *NOT_REALS),
     "--val-every": NOT_COUNTS,
@@ -239,6 +240,7 @@ OWN_BAD_VALUES = {
     classifier: {
         "--label-smoothing": ("1.01", *NOT_REALS),
         "--dropout": ("1.01", *NOT_REALS),
+        "--epoch-images": NOT_COUNTS,
         "--latent": NOT_COUNTS,
         "--labels": (*NOT_COUNTS, "9", "50001", "1000000"),
         "--strategies": ("distill", ""),
@@ -279,11 +281,11 @@ def test_every_hyperparameter_is_a_flag_and_reaches_the_runs(
     text = capsys.readouterr().out
     assert end.value.code == 0 and "(default: 0.0" in text and "python " in text
     given = {"lr": 0.123, "weight_decay": 0.1, "ema_decay": 0.5, "min_delta": 7.5, "patience": 11}
-    given |= {"epochs": 41, "batch_size": 17, "warmup_steps": 13, "constant_steps": 19}
+    given |= {"epochs": 41, "batch_size": 17, "warmup": 0.5, "constant_steps": 19}
     given |= {"val_every": 21, "seed": 31}
     own = {vae: {"alpha": 0.25, "latent": 5}, conv_ae: {}, classifier: {"latent": 6}}[script]
     if script is classifier:
-        own |= {"label_smoothing": 0.25, "dropout": 0.75}
+        own |= {"label_smoothing": 0.25, "dropout": 0.75, "epoch_images": 37}
         here += ["--strategies", "scratch", "--labels", "20"]
     for name, value in {**given, **own}.items():
         flag = "--" + name.replace("_", "-")
@@ -540,7 +542,7 @@ def test_steps_and_kept_weights_are_those_of_the_recipe_by_hand(tmp_path, monkey
     own = {
         "lr": 0.1,
         "weight_decay": 0.5,
-        "warmup_steps": 2,
+        "warmup": 0.25,
         "constant_steps": 3,
         "ema_decay": 0.25,
     }
@@ -560,21 +562,20 @@ def test_steps_and_kept_weights_are_those_of_the_recipe_by_hand(tmp_path, monkey
         average_steps = decay * average_steps + (1 - decay) * t
     assert model.weight.item() == pytest.approx(ema, rel=1e-6)
     assert model.steps.item() == pytest.approx(average_steps, rel=1e-6)
-    brightness = (TRAIN - 1) / TRAIN / 2
+    brightness = (TRAIN - 1) / TRAIN / 2  # batches of 60 at most are four of 50
     for epoch in (1, 2):
-        sizes = (60, 60, 60, 20)
-        mean = sum(size * loss for size, loss in zip(sizes, losses[4 * epoch - 4 :])) / TRAIN
+        mean = statistics.mean(losses[4 * epoch - 4 : 4 * epoch])
         assert history[epoch - 1]["epoch"] == epoch and history[epoch - 1]["seconds"] == 2
         assert history[epoch - 1]["train_loss"] == pytest.approx(mean + brightness, abs=2e-6)
     assert history[1]["val"]["loss"] == pytest.approx((ema - 1) ** 2 / 2 + 0.5, abs=2e-6)
     assert history[1]["val"]["brightness"] == 0.5  # of the validation images
 
 
-@pytest.mark.parametrize("warmup, constant", [(10, 30), (0, 0), (1000, 1000), (40, 20)])
+@pytest.mark.parametrize("warmup, constant", [(0.1, 30), (0, 0), (1, 1000), (0.4, 20)])
 def test_the_rate_warms_up_holds_and_decays_to_zero(warmup, constant):
-    config = common.Config(lr=2.0, warmup_steps=warmup, constant_steps=constant)
+    config = common.Config(lr=2.0, warmup=warmup, constant_steps=constant)
     rates = [common.learning_rate(step, 100, config) for step in range(100)]
-    start, top = min(constant, 50), min(max(warmup, 1), 100)
+    start, top = min(constant, 50), max(100 * warmup, 1)
     for step, rate in enumerate(rates):
         rising = (step + 1) / top if step < top else 1
         falling = 1 if step <= start else 1 - (step - start) / (100 - start)
@@ -585,13 +586,15 @@ def test_an_epoch_takes_every_image_once_with_its_label_in_an_order_of_its_own(t
     orders = []
     for seed in (0, 1, 2):
         model, _ = train(tmp_path, seed=seed)
-        assert [len(labels) for _, labels in model.seen] == [60, 60, 60, 20] * 2
+        assert [len(labels) for _, labels in model.seen] == [50] * 8  # of 60 at most
         for images, labels in model.seen:
             assert torch.equal((images[:, 0, 0, 0] * TRAIN).round().long(), labels)
         labels = torch.cat([labels for _, labels in model.seen]).tolist()
         orders += [labels[:TRAIN], labels[TRAIN:]]
     assert all(sorted(order) == list(range(TRAIN)) for order in orders)
     assert len(set(map(tuple, orders))) == 6
+    model, _ = train(tmp_path, batch_size=70)
+    assert [len(labels) for _, labels in model.seen] == [67, 67, 66] * 2
     again, _ = train(tmp_path, seed=1)
     assert torch.cat([labels for _, labels in again.seen]).tolist() == orders[2] + orders[3]
 
@@ -752,19 +755,26 @@ def test_the_use_of_bfloat16_is_recorded(flags, tmp_path, monkeypatch, no_figure
         assert run["environment"]["bfloat16"] is uses
 
 
-def test_knn_accuracy_is_that_of_a_vote_by_hand():
-    index, labels = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]]), torch.tensor([1, 1, 2, 3, 3])
-    queries, truth = torch.tensor([[0.05], [5.05], [0.3]]), torch.tensor([1, 3, 2])
-    assert common.knn_accuracy(index, labels, queries, truth, k=3) == pytest.approx(2 / 3)
-    assert common.knn_accuracy(index, labels, queries, truth) == pytest.approx(1 / 3)  # all vote
-    index, queries = torch.randn(50, 3), torch.randn(1500, 3)
-    labels, truth = torch.randint(4, (50,)), torch.randint(4, (1500,))
+def vote(index, labels, queries, truth, k=10):
+    """The accuracy of a vote of the k nearest. The nearest of the winners breaks a tie."""
     right = 0
     for query, label in zip(queries, truth.tolist()):
-        nearest = (index - query).square().sum(1).argsort()[:10]
-        counts = torch.bincount(labels[nearest], minlength=4)
-        right += counts.argmax().item() == label  # argmax takes the smaller of two, as mode does
-    assert common.knn_accuracy(index, labels, queries, truth) == pytest.approx(right / 1500)
+        nearest = labels[(index - query).square().sum(1).argsort()[:k]].tolist()
+        counts = [nearest.count(other) for other in nearest]
+        right += nearest[counts.index(max(counts))] == label
+    return right / len(truth)
+
+
+def test_nearest_neighbours_vote_and_the_nearest_breaks_a_tie():
+    index, labels = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1]]), torch.tensor([1, 1, 2, 3, 3])
+    queries = torch.tensor([[0.05], [5.04], [0.3]])
+    assert common.knn(index, labels, queries, k=3).tolist() == [1, 3, 1]
+    assert common.knn(index, labels, queries).tolist() == [1, 3, 1]  # all vote: 1 and 3 are equal
+    assert common.knn(index, labels, queries, k=1).tolist() == [1, 3, 2]
+    index, queries = torch.randn(50, 3), torch.randn(1500, 3)
+    labels, truth = torch.randint(4, (50,)), torch.randint(4, (1500,))
+    predicted = common.knn(index, labels, queries)
+    assert common.accuracy(predicted, truth) == pytest.approx(vote(index, labels, queries, truth))
 
 
 @pytest.mark.parametrize(
@@ -818,7 +828,11 @@ def test_a_failed_evaluation_loses_no_training(flags, tmp_path, capsys, monkeypa
 
 RUN_KEYS = {"config", "environment", "parameters", "epochs_run", "best_epoch", "train_seconds"}
 TEST_KEYS = {
-    vae: {"loss", "recon", "kl", "kl_max", "latent_knn_accuracy"},
+    vae: {
+        *("loss", "recon", "kl", "kl_max", "loss_unbounded", "images_at_bound"),
+        *("latent_knn_accuracy", "nearest_reconstruction", "nearest_midpoint", "nearest_blend"),
+        *("nearest_sample", "step_ratio"),
+    },
     conv_ae: {"loss", "mse", "l1", "latent_knn_accuracy"},
     classifier: {"loss", "accuracy"},
 }
@@ -919,11 +933,11 @@ def test_eval_of_a_classifier_needs_no_autoencoder(again, tmp_path, capsys):
 
 
 def test_a_model_is_evaluated_in_evaluation_mode(flags, monkeypatch, no_figures):
-    seen = []
+    seen, genuine = [], vae.evaluate
 
     def evaluate(model, data):
         seen.append(model.training)
-        return {"test": {"loss": 1.0}}
+        return genuine(model, data)
 
     monkeypatch.setattr(vae, "evaluate", evaluate)
     vae.main(flags)
@@ -1152,27 +1166,47 @@ def test_a_summary_has_a_row_for_each_setting_with_means_over_its_seeds():
         fake_run({"loss": 2.0}, size=5, kind="b", seed=1),
         fake_run({"loss": 6.0}, size=5, kind="a", seed=0),
     ]
-    keys = ("size", "kind", "n", "parameters", "loss_mean", "loss_std")
-    rows = [(3, "a", 1, 7, 1.0, None), (5, "a", 1, 9, 6.0, None)]
-    rows.append((5, "b", 2, 9, 3.0, pytest.approx(math.sqrt(2))))
+    keys = ("size", "kind", "n", "parameters", "loss_mean", "loss_std", "loss_ci")
+    rows = [(3, "a", 1, 7, 1.0, None, None), (5, "a", 1, 9, 6.0, None, None)]
+    rows.append((5, "b", 2, 9, 3.0, pytest.approx(math.sqrt(2)), pytest.approx(12.706)))
     summary = common.summarize(runs, ["size", "kind"])
     assert summary == [dict(zip(keys, row)) for row in rows]
     assert list(summary[0]) == list(keys)
     (row,) = common.summarize(runs[:3:2], [])
-    assert row == {"n": 2, "parameters": 9, "loss_mean": 3.0, "loss_std": rows[2][5]}
-    assert common.mean_std("x", [None, 1.0]) == {"x_mean": None, "x_std": None}
+    assert list(row.values()) == [2, *rows[2][3:]]
+    assert set(common.mean_std_ci("x", [None, 1.0]).values()) == {None}
 
 
-def test_a_table_shows_four_digits_and_standard_deviations_with_the_same_decimals():
-    summary = [
-        {"size": 1234, "kind": "a", "loss_mean": 0.0745678, "loss_std": 0.00012, "gain_mean": None},
-        {"size": 5, "kind": "bb", "loss_mean": 12.3456, "loss_std": None, "gain_mean": 0.5},
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 11, 20, 100])
+def test_the_interval_of_a_mean_is_students(n):
+    values = torch.randn(n).tolist()
+    row = common.mean_std_ci("x", values)
+    quantile = row["x_ci"] / statistics.stdev(values) * math.sqrt(n)
+    # The density between -quantile and quantile, integrated.
+    points = torch.linspace(-quantile, quantile, 200_001, dtype=torch.float64)
+    density = torch.distributions.StudentT(n - 1.0).log_prob(points).exp()
+    assert torch.trapezoid(density, points).item() == pytest.approx(0.95, abs=2e-4)
+    assert row["x_mean"] == pytest.approx(statistics.mean(values))
+
+
+def test_a_table_shows_four_digits_and_deviations_or_intervals_with_the_same_decimals():
+    first = {"size": 1234, "kind": "a", "loss_mean": 0.0745678, "loss_std": 0.00012}
+    second = {"size": 5, "kind": "bb", "loss_mean": 12.3456, "loss_std": None}
+    first |= {"loss_ci": 0.1, "a_minus_b_mean": None, "a_minus_b_std": None, "a_minus_b_ci": None}
+    second |= {"loss_ci": None, "a_minus_b_mean": 0.5, "a_minus_b_std": 7.0, "a_minus_b_ci": 0.75}
+    assert common.format_table([first, second]).splitlines() == [
+        "| size  | kind | loss              | a_minus_b                |",
+        "| ----- | ---- | ----------------- | ------------------------ |",
+        "| 1,234 | a    | 0.07457 ± 0.00012 |                          |",
+        "| 5     | bb   | 12.35             | 0.5000 [-0.2500, 1.2500] |",
     ]
-    assert common.format_table(summary).splitlines() == [
-        "| size  | kind | loss              | gain   |",
-        "| ----- | ---- | ----------------- | ------ |",
-        "| 1,234 | a    | 0.07457 ± 0.00012 |        |",
-        "| 5     | bb   | 12.35             | 0.5000 |",
+    assert common.format_table([first]).splitlines() == [  # one setting: a line a metric
+        "| metric    | value             |",
+        "| --------- | ----------------- |",
+        "| size      | 1,234             |",
+        "| kind      | a                 |",
+        "| loss      | 0.07457 ± 0.00012 |",
+        "| a_minus_b |                   |",
     ]
 
 
@@ -1463,15 +1497,6 @@ def clusters(train=120, val=90, test=70):
     return common.Data(splits[0], splits[1], common.Split(splits[2].images, labels))
 
 
-def vote(index, labels, queries, truth):
-    """The accuracy of 10-NN, one query at a time."""
-    right = 0
-    for query, label in zip(queries, truth.tolist()):
-        nearest = (index - query).square().sum(1).argsort()[:10]
-        right += torch.bincount(labels[nearest]).argmax().item() == label
-    return right / len(queries)
-
-
 def test_the_vae_is_the_given_network_with_kaiming_initialisation():
     model = vae.VAE(vae.Config())
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -1534,27 +1559,101 @@ def test_latent_samples_have_the_moments_of_the_posterior_and_pass_gradients():
 
 def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_index():
     data, model = clusters(), vae.VAE(vae.Config())
-    test = vae.evaluate(model, data)["test"]
+    result = vae.evaluate(model, data)
+    test = result["test"]
     with torch.no_grad():
         mu, logvar = model.encode(data.test.images)
         train_mu, _ = model.encode(data.train.images)
     expected = vote(train_mu, data.train.labels, mu, data.test.labels)
     assert test["latent_knn_accuracy"] == expected == 0.5
     assert expected != pytest.approx(vote(mu, data.test.labels, mu, data.test.labels))
-    kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1)
+    predicted = common.knn(train_mu, data.train.labels, mu)
+    for true, row in enumerate(result["latent_knn_confusion"]):
+        guesses = predicted[data.test.labels == true]
+        assert row == [guesses.eq(guess).sum().item() for guess in range(10)]
+    kl = -0.5 * (1 + logvar - mu**2 - logvar.exp())
+    assert result["kl_dimensions"] == pytest.approx(kl.mean(0).tolist(), rel=1e-5)
+    kl = kl.sum(1)
     assert test["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
     assert test["kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
     assert test["loss"] == pytest.approx(test["recon"] + 1e-3 * test["kl"], rel=1e-5)
 
 
-def test_the_vae_learns_and_warms_up_for_at_most_25_steps_an_epoch(studies, here, started):
+def test_the_loss_without_the_bounds_and_the_images_at_a_bound_are_measured():
+    data, model = clusters(), vae.VAE(vae.Config())
+    at_bound = 0
+    with torch.no_grad():
+        model.mu.bias[0], model.logvar.bias[1] = 9, 0.5
+        for image in data.test.images:
+            h = model.encoder(image[None])
+            at_bound += bool(model.mu(h).abs().max() > 10 or model.logvar(h).max() > 1)
+        test = vae.evaluate(model, data)["test"]
+        torch.manual_seed(0)
+        h = model.encoder(data.test.images)
+        posterior = torch.distributions.Normal(model.mu(h), (0.5 * model.logvar(h)).exp())
+        kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1))
+        z = posterior.mean + posterior.stddev * torch.randn(len(h), 8)
+        loss = (model.decode(z) - data.test.images).abs().mean() + 1e-3 * kl.sum(1).mean()
+    assert 0 < at_bound == test["images_at_bound"] < len(data.test.labels)
+    assert test["loss_unbounded"] == pytest.approx(loss.item(), rel=1e-5)
+    assert test["loss"] < test["loss_unbounded"] and model.bounded
+
+
+def test_the_test_loss_has_a_standard_deviation_over_noise_and_over_images():
+    data, model, losses = clusters(test=400), vae.VAE(vae.Config()), []
+    deviations = vae.evaluate(model, data)["loss_std"]
+    with torch.no_grad():
+        for _ in range(100):
+            reconstruction, mu, logvar = model(data.test.images)
+            recon = (reconstruction - data.test.images).abs().mean((1, 2, 3))
+            losses.append(recon + 1e-3 * model.kl(mu, logvar).sum(1))
+    losses = torch.stack(losses)
+    assert deviations["noise"] == pytest.approx(losses.mean(1).std().item(), rel=0.5)
+    assert deviations["images"] == pytest.approx(losses[0].std().item() / 20, rel=0.5)  # n = 400
+
+
+class Square(nn.Module):
+    """One latent dimension. Each pixel is the square of its value between 0 and 1."""
+
+    def decode(self, z):
+        return z.clamp(0, 1).square().view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+
+def test_what_lies_between_two_images_is_measured_beside_a_blend_in_pixels():
+    labels = torch.arange(100) % 2
+    grays = torch.tensor([0, 0.2, 1])
+    train = common.Split(grays.view(3, 1, 1, 1).expand(3, 1, 28, 28), torch.zeros(3).long())
+    data = common.Data(train, None, common.Split(torch.zeros(100, 1, 28, 28), labels))
+    found = vae.interpolate(Square(), data, labels[:, None].float())  # from 0 to 1, or back
+    assert found["nearest_reconstruction"] == pytest.approx(0, abs=1e-6)
+    assert found["nearest_midpoint"] == pytest.approx((0.25 - 0.2) ** 2, rel=1e-3)
+    assert found["nearest_blend"] == pytest.approx((0.5 - 0.2) ** 2, rel=1e-3)
+    # Steps from i^2 / 64 to (i + 1)^2 / 64: the last, 15 / 64, is the largest, their mean 1 / 8.
+    assert found["step_ratio"] == pytest.approx(15 / 8)
+    samples = torch.randn(100_000, 1).clamp(0, 1).square()
+    nearest = (samples - grays).square().amin(1).mean().item()
+    assert found["nearest_sample"] == pytest.approx(nearest, rel=0.2)
+
+
+def test_the_vaes_summary_sets_its_neighbours_and_midpoints_beside_the_baselines():
+    data, runs = clusters(), []
+    for accuracy, midpoint in ((0.5, 0.1), (0.7, 0.4)):
+        test = {"latent_knn_accuracy": accuracy, "nearest_midpoint": midpoint, "nearest_blend": 0.3}
+        runs.append(fake_run(test, latent=8))
+    (row,) = vae.summarize(runs, data)
+    baseline = common.baselines(data, [8])[8]
+    assert row["n"] == 2 and row["pca_knn_accuracy"] == baseline["pca_knn_accuracy"]
+    for name in ("pca", "pixel"):
+        gain = 0.6 - baseline[f"{name}_knn_accuracy"]
+        assert row[f"knn_minus_{name}_mean"] == pytest.approx(gain)
+    assert row["midpoint_minus_blend_mean"] == pytest.approx(-0.05)
+    assert row["midpoint_minus_blend_ci"] == pytest.approx(12.706 * 0.15)
+
+
+def test_the_vae_learns(studies):
     for seed in (0, 1):
-        run = metrics(studies.out / "vae" / f"seed{seed}")
-        assert run["config"]["warmup_steps"] == 75
         losses = (studies.out / "vae" / f"seed{seed}" / "losses.csv").read_text().split()
         assert float(losses[3].split(",")[1]) < 0.8 * float(losses[1].split(",")[1])
-    vae.main([*here, "--warmup-steps", "10", "--epochs", "5"])
-    assert started["seed0"].config.warmup_steps == 10
 
 
 @pytest.mark.parametrize("latent", [1, 2, 16])
@@ -1663,6 +1762,8 @@ def test_pca_is_that_of_a_direct_svd_and_the_summary_sets_it_beside_each_size():
     basis = torch.linalg.svd(train - mean, full_matrices=False).Vh[:5]
     centred = test - mean
     expected = (centred - centred @ basis.T @ basis).square().mean().item()
+    index, queries = (train - mean) @ basis.T, centred @ basis.T
+    neighbours = vote(index, data.train.labels, queries, data.test.labels)
     runs = []
     for size, mse in ((5, 0.1), (1024, 0.4), (5, 0.3)):
         test_metrics = {"mse": mse, "l1": 2 * mse, "latent_knn_accuracy": mse}
@@ -1670,6 +1771,9 @@ def test_pca_is_that_of_a_direct_svd_and_the_summary_sets_it_beside_each_size():
     five, large = conv_ae.summarize(runs, data)
     assert five["pca_mse"] == pytest.approx(expected)
     assert five["ratio"] == pytest.approx(0.2 / expected)
+    assert five["pca_knn_accuracy"] == pytest.approx(neighbours)
+    assert five["knn_minus_pca_mean"] == pytest.approx(0.2 - neighbours)
+    assert five["knn_minus_pca_ci"] == pytest.approx(12.706 * 0.1)
     assert (five["n"], five["mse_mean"], five["l1_mean"]) == (
         2,
         pytest.approx(0.2),
@@ -1866,56 +1970,54 @@ def test_label_smoothing_and_dropout_act_in_training_alone():
     assert torch.equal(model.eval().head[2](x), x)
 
 
-# Augmentation and its schedule: the part of the classifier that is about to change.
+def test_augmentation_flips_half_of_the_images_and_shifts_half_of_the_batches_by_a_pixel():
+    images = torch.zeros(50, 1, 28, 28)
+    images[:, :, 14, 5] = 2  # a flip takes column 5 to 22; erased are values below 1
+    model, places, moved = a_classifier(), [], 0
+    for _ in range(400):
+        found = (model.augment(images) == 2).nonzero()
+        batch = {(row, min(column, 27 - column)) for _, _, row, column in found.tolist()}
+        moved += batch != {(14, 5)}
+        places.append(found)
+    places = torch.cat(places)
+    assert moved / 400 == pytest.approx(8 / 9 / 2, abs=0.1)  # a ninth of the shifts is by nothing
+    assert places[:, 2].unique().tolist() == [13, 14, 15]
+    assert places[:, 3].unique().tolist() == [4, 5, 6, 21, 22, 23]
+    assert places[:, 3].gt(14).double().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def augmented(images, shift, erase):
+def test_augmentation_erases_one_rectangle_of_up_to_half_the_sides_in_half_of_the_images():
     model = a_classifier()
-    model.shift, model.erase = shift, erase
-    return model.augment(images)
-
-
-def test_augmentation_flips_half_of_the_images_and_shifts_by_a_pixel_at_most():
-    images = torch.zeros(100, 1, 28, 28)
-    images[:, :, 14, 5] = 1  # a flip takes column 5 to 22
-    moved = {row: [4, 5, 6, 21, 22, 23] for row in (13, 14, 15)}
-    for shift, places in ((0, {14: [5, 22]}), (1, moved)):
-        found = torch.cat([augmented(images, shift, erase=0) for _ in range(100)]).nonzero()
-        flipped = found[:, 3].gt(14).double().mean().item()
-        assert len(found) == 10_000 and flipped == pytest.approx(0.5, abs=0.02)
-        rows = found[:, 2].unique().tolist()
-        assert {row: found[found[:, 2] == row, 3].unique().tolist() for row in rows} == places
-
-
-def test_augmentation_erases_one_rectangle_of_up_to_half_the_sides():
-    images = torch.ones(4000, 1, 28, 28)
-    for share in (0.25, 1.0):
-        changed = (augmented(images, shift=0, erase=share) != 1).squeeze(1)
-        hit = changed.any(2).any(1)
-        assert hit.double().mean().item() == pytest.approx(share, abs=0.03)
-        sides = [changed[hit].any(axis).sum(1) for axis in (1, 2)]  # columns, then rows
-        for side in sides:
-            assert side.max() == 14 and side.double().mean().item() == pytest.approx(7.5, abs=0.4)
-        assert (sides[0] != sides[1]).double().mean() > 0.8  # rows and columns are drawn apart
-        assert torch.equal(sides[0] * sides[1], changed[hit].sum((1, 2)))  # all of the box
-        for axis in (1, 2):  # in one piece, and up to the edges
-            inside = changed[hit].any(axis).int()
-            assert (inside.diff(dim=1) == 1).sum(1).max() <= 1
-            assert inside[:, 0].any() and inside[:, 27].any()
-    noise = augmented(torch.full((500, 1, 28, 28), 2.0), shift=0, erase=1)
-    noise = noise[noise != 2]
+    batches = [model.augment(torch.full((100, 1, 28, 28), 2.0)) for _ in range(150)]
+    # A shift leaves an edge of zeros in every image of a batch.
+    images = torch.cat([batch for batch in batches if batch.amax(0).eq(2).all()]).squeeze(1)
+    changed = images != 2
+    hit = changed.any(2).any(1)
+    assert len(images) > 4000 and hit.double().mean().item() == pytest.approx(0.5, abs=0.03)
+    sides = [changed[hit].any(axis).sum(1) for axis in (1, 2)]  # columns, then rows
+    for side in sides:
+        assert side.max() == 14 and side.double().mean().item() == pytest.approx(7.5, abs=0.4)
+    assert (sides[0] != sides[1]).double().mean() > 0.8  # rows and columns are drawn apart
+    assert torch.equal(sides[0] * sides[1], changed[hit].sum((1, 2)))  # all of the box
+    for axis in (1, 2):  # in one piece, and up to the edges
+        inside = changed[hit].any(axis).int()
+        assert (inside.diff(dim=1) == 1).sum(1).max() <= 1
+        assert inside[:, 0].any() and inside[:, 27].any()
+    noise = images[changed]
     assert noise.min() >= 0 and noise.max() <= 1 and abs(noise.mean() - 0.5) < 0.01
 
 
-def test_augmentation_grows_with_the_number_of_times_an_image_is_seen():
-    for epochs, shift, erase in ((15, 0.5, -0.5), (30, 1.0, 0.0), (45, 1.5, 0.5)):
-        model = a_classifier(epochs=epochs)
-        assert (model.shift, model.erase) == (pytest.approx(shift), pytest.approx(erase))
-    assert a_classifier(labels=50, epochs=3).shift == pytest.approx(1.0)  # ten times an epoch
-    assert [classifier.passes(count) for count in (50_000, 5_000, 1_250, 50)] == [1, 1, 2, 10]
+def test_few_labelled_images_are_repeated_until_an_epoch_has_enough():
     split = common.Split(torch.rand(60, 1, 28, 28), torch.arange(60) % 10)
-    assert len(classifier.labelled(split, 50, seed=0).labels) == 500
-    assert len(classifier.labelled(split, 60, seed=0).labels) == 60
+    config = classifier.Config(labels=20, epoch_images=50, seed=3)
+    chosen = classifier.label_subset(split.labels, 20, seed=3)
+    few = classifier.labelled(split, config)
+    assert torch.equal(few.images, split.images[chosen.repeat(3)])
+    assert torch.equal(few.labels, split.labels[chosen.repeat(3)])
+    for count, images in ((50, 50), (49, 98), (60, 60)):
+        few = classifier.labelled(split, replace(config, labels=count))
+        assert len(few.labels) == len(few.images) == images
+    assert classifier.Config().epoch_images == 5000
 
 
 # Evaluation, summary and figures of the classifier.
@@ -1960,19 +2062,26 @@ CLASSIFIER_RUNS = [
 ]
 
 
-def test_the_gain_over_scratch_is_paired_by_seed():
+def test_differences_between_strategies_are_paired_by_seed():
     frozen, finetune, scratch = classifier.summarize(CLASSIFIER_RUNS)
-    assert finetune["minus_scratch_mean"] == pytest.approx(0.2)  # of 0.1 and 0.3
-    assert finetune["minus_scratch_std"] == pytest.approx(math.sqrt(0.02))
+    difference = [finetune[f"accuracy_minus_scratch_{name}"] for name in ("mean", "std", "ci")]
+    # Of 0.1 and 0.3. With n = 2 Student's quantile is 12.706, and the root of n cancels.
+    assert difference == pytest.approx([0.2, math.sqrt(0.02), 12.706 * 0.1])
+    assert finetune["first_val_accuracy_minus_scratch_mean"] == pytest.approx(-0.1)
     for row in (scratch, frozen):  # no scratch run has as few labels as the frozen one
-        assert row["minus_scratch_mean"] is None and row["minus_scratch_std"] is None
+        names = [name for name in row if "_minus_" in name]
+        assert len(names) == 9 and all(row[name] is None for name in names)
+    assert finetune["accuracy_minus_frozen_mean"] is None
     assert [row["n"] for row in (frozen, finetune, scratch)] == [1, 2, 2]
     assert (scratch["labels"], scratch["strategy"]) == (10, "scratch")
-    # Validation accuracies are those of the kept epoch, and of the first where it was validated.
+    # Validation accuracies are those of the kept epoch, and of the first that was validated.
     assert scratch["val_accuracy_mean"] == pytest.approx(0.7)
-    assert scratch["val_accuracy_first_epoch_mean"] == pytest.approx(0.3)
-    assert finetune["val_accuracy_mean"] == pytest.approx(0.2)
-    assert finetune["val_accuracy_first_epoch_mean"] is None
+    assert scratch["first_val_accuracy_mean"] == pytest.approx(0.3)
+    assert finetune["val_accuracy_mean"] == finetune["first_val_accuracy_mean"]
+    more = [classifier_run("frozen", seed, 0.1 + seed, {2: 0.5}) for seed in (0, 1)]
+    _, finetune, other, scratch = classifier.summarize([*CLASSIFIER_RUNS, *more])
+    assert finetune["accuracy_minus_frozen_mean"] == pytest.approx(-0.1)  # of 0.1 and -0.3
+    assert other["accuracy_minus_scratch_mean"] == pytest.approx(0.3)
 
 
 def test_the_confusion_matrix_is_that_of_the_strategy_that_is_best_in_validation():

@@ -9,6 +9,7 @@ import csv
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import stdev
 
 import matplotlib.pyplot as plt
 import torch
@@ -27,8 +28,6 @@ class Config(common.Config):
     lr: float = 6e-3
     # Without decay the weights of pixels that are nearly always black grow, and the KL with them.
     weight_decay: float = 0.01
-    # Without warm-up some latent dimensions collapse. `main` allows 25 steps an epoch at most.
-    warmup_steps: int = 1000
     ema_decay: float = 0.999
     val_every: int = 5
     patience: int = 25
@@ -45,6 +44,7 @@ class VAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.alpha = config.alpha
+        self.bounded = True  # `evaluate` also measures the loss without the bounds of `encode`
         self.encoder = nn.Sequential(
             nn.Flatten(), nn.Linear(784, 128), nn.LeakyReLU(), nn.Linear(128, 64), nn.LeakyReLU()
         )
@@ -72,7 +72,10 @@ class VAE(nn.Module):
         bounds, mu or exp(logvar) of a single unusual image can dwarf the loss of all others.
         """
         h = self.encoder(images)
-        return self.mu(h).clamp(-10, 10), self.logvar(h).clamp(-20, 1)
+        mu, logvar = self.mu(h), self.logvar(h)
+        if self.bounded:
+            mu, logvar = mu.clamp(-10, 10), logvar.clamp(-20, 1)
+        return mu, logvar
 
     def reparameterize(self, mu, logvar):
         """A sample of N(mu, sigma^2) that gradients pass through (section 2.4 of the paper)."""
@@ -112,14 +115,81 @@ def load(path):
 
 @torch.no_grad()
 def evaluate(model, data):
-    """The test losses, the largest KL of an image, and what the latent space keeps of classes."""
-    mu, logvar = model.encode(data.test.images)
-    train_mu, _ = model.encode(data.train.images)
-    knn = common.knn_accuracy(train_mu, data.train.labels, mu, data.test.labels)
+    """What is measured on the test set: the losses, with and without the bounds of `encode`, what
+    the latent space keeps of the classes, and what lies between two images."""
+    images, labels = data.test
     test = common.test_loop(model, data.test)
-    test["kl_max"] = model.kl(mu, logvar).sum(1).max().item()
-    test["latent_knn_accuracy"] = knn
-    return {"test": test}
+    mu, logvar = model.encode(images)
+    kl = model.kl(mu, logvar)  # (N, latent)
+    test["kl_max"] = kl.sum(1).max().item()
+    model.bounded = False
+    test["loss_unbounded"] = common.test_loop(model, data.test)["loss"]
+    free_mu, free_logvar = model.encode(images)
+    model.bounded = True
+    at_bound = ((free_mu != mu) | (free_logvar != logvar)).any(1)
+    test["images_at_bound"] = at_bound.sum().item()
+
+    train_mu, _ = model.encode(data.train.images)
+    predicted = common.knn(train_mu, data.train.labels, mu)
+    test["latent_knn_accuracy"] = common.accuracy(predicted, labels)
+    test |= interpolate(model, data, mu)
+
+    # How far the test loss depends on the noise, and on which images are in the test set.
+    draws = [common.test_loop(model, data.test, seed=seed)["loss"] for seed in range(20)]
+    parts = [common.Split(images[i::20], labels[i::20]) for i in range(20)]
+    losses = [common.test_loop(model, part)["loss"] for part in parts]
+    return {
+        "test": test,
+        "loss_std": {"noise": stdev(draws), "images": stdev(losses) / len(parts) ** 0.5},
+        "kl_dimensions": kl.mean(0).tolist(),
+        "latent_knn_confusion": common.confusion(predicted, labels),
+    }
+
+
+def nearest_mse(images, train):
+    """Mean squared error, a pixel, between `images` and the nearest of the images `train`."""
+    train = train.flatten(1)
+    chunks = images.flatten(1).split(1000)
+    nearest = [torch.cdist(chunk, train).amin(1) for chunk in chunks]
+    return torch.cat(nearest).square().mean().item() / train.shape[1]
+
+
+def interpolate(model, data, mu):
+    """Lines between the `mu` of 2,000 pairs of test images of different classes, the same pairs for
+    every model. How far from a training image (`nearest_mse`) are the decoded midpoints, beside
+    the decoded ends, blends of the decoded ends in pixels, and samples of the prior? `step_ratio`
+    is the largest of 8 steps over the mean step, as root mean squared changes of the pixels."""
+    labels = data.test.labels.cpu()
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randint(len(labels), (3000, 2), generator=generator)
+    pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]][:2000].to(mu.device)
+    start, end = mu[pairs[:, 0]], mu[pairs[:, 1]]
+    line = torch.stack([model.decode(torch.lerp(start, end, i / 8)) for i in range(9)])
+    steps = line.diff(dim=0).square().mean((2, 3, 4)).sqrt()  # (8, pairs)
+    noise = torch.randn(2000, mu.shape[1], generator=generator).to(mu.device)
+    train = data.train.images
+    return {
+        "nearest_reconstruction": nearest_mse(line[0], train),
+        "nearest_midpoint": nearest_mse(line[4], train),
+        "nearest_blend": nearest_mse((line[0] + line[8]) / 2, train),
+        "nearest_sample": nearest_mse(model.decode(noise), train),
+        "step_ratio": (steps.amax(0) / steps.mean(0)).mean().item(),
+    }
+
+
+def summarize(runs, data):
+    """One row: the test metrics over the seeds, beside what needs no VAE."""
+    (row,) = common.summarize(runs, [])
+    latent = runs[0]["config"]["latent"]
+    row |= common.baselines(data, [latent])[latent]
+    tests = [run["test"] for run in runs]
+    gains = [test["latent_knn_accuracy"] - row["pca_knn_accuracy"] for test in tests]
+    row |= common.mean_std_ci("knn_minus_pca", gains)
+    gains = [test["latent_knn_accuracy"] - row["pixel_knn_accuracy"] for test in tests]
+    row |= common.mean_std_ci("knn_minus_pixel", gains)
+    gains = [test["nearest_midpoint"] - test["nearest_blend"] for test in tests]
+    row |= common.mean_std_ci("midpoint_minus_blend", gains)
+    return [row]
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -262,10 +332,7 @@ def main(argv=None):
     args = common.parse_args(common.make_parser(__doc__, Config), Config, argv)
     data = common.load_data(args.data, args.device)
     study = args.out / "vae"
-    warmup_steps = min(args.warmup_steps, 25 * args.epochs)  # fewer in short runs
-    runs = {}
-    for seed in args.seeds:
-        runs[study / f"seed{seed}"] = replace(args.config, seed=seed, warmup_steps=warmup_steps)
+    runs = {study / f"seed{seed}": replace(args.config, seed=seed) for seed in args.seeds}
     for folder, config in common.share_out(runs, args):
         torch.manual_seed(config.seed)
         model = VAE(config).to(args.device)
@@ -276,7 +343,7 @@ def main(argv=None):
         return
     model = load(study / metrics[0]["folder"] / "model.pt").to(args.device)
     figures = plot(model, data, metrics[0], study)
-    common.save_study(study, common.summarize(metrics, []), metrics, figures, args)
+    common.save_study(study, summarize(metrics, data), metrics, figures, args)
 
 
 if __name__ == "__main__":
