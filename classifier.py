@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import PowerNorm
 from torch import nn
 from torch.nn import functional as F
 
@@ -106,8 +107,9 @@ class Classifier(nn.Module):
         return torch.where(box, torch.rand_like(images), images)
 
 
-def load(path):
-    """The trained classifier of a model.pt, in evaluation mode."""
+def load(folder):
+    """The trained classifier in a run's folder, in evaluation mode."""
+    path = Path(folder) / "model.pt"
     model = Classifier(Config(**common.read(path)["config"]))
     common.read(path, model=model)
     return model.eval()
@@ -175,21 +177,27 @@ def accuracies(runs):
     return names
 
 
+def differences(groups, labels, strategy, base, name):
+    """The accuracy `name` of `strategy` minus that of `base`, one a seed. [] without such runs."""
+    if strategy == base:
+        return []
+    own = accuracies(groups.get((labels, strategy), []))[name]
+    others = accuracies(groups.get((labels, base), []))[name]
+    return [accuracy - other for accuracy, other in zip(own, others)]  # the same seeds, in order
+
+
 def summarize(runs):
     """A row per label count and strategy: the metrics over the seeds, and the differences to the
     other strategies, paired by seed."""
     summary = common.summarize(runs, ["labels", "strategy"])
     groups = common.group(runs, ["labels", "strategy"])
     for row in summary:
-        own = accuracies(groups[row["labels"], row["strategy"]])
+        setting = row["labels"], row["strategy"]
         for name in ("val_accuracy", "first_val_accuracy"):
-            row |= common.mean_std_ci(name, own[name])
+            row |= common.mean_std_ci(name, accuracies(groups[setting])[name])
         for name, base in COMPARED:
-            differences = [None]
-            if row["strategy"] != base and (row["labels"], base) in groups:
-                others = accuracies(groups[row["labels"], base])  # of the same seeds, in order
-                differences = [a - b for a, b in zip(own[name], others[name])]
-            row |= common.mean_std_ci(f"{name}_minus_{base}", differences)
+            values = differences(groups, *setting, base, name)
+            row |= common.mean_std_ci(f"{name}_minus_{base}", values or [None])
     return summary
 
 
@@ -220,13 +228,38 @@ def plot_learning_curves(runs):
     return figure
 
 
+def plot_differences(runs):
+    """Test accuracy minus that of `scratch`: a dot a seed, beside the mean and its 95% interval."""
+    groups = common.group(runs, ["labels", "strategy"])
+    counts = sorted({labels for labels, _ in groups})
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.axhline(0, color="black", linewidth=1)
+    for strategy, shift in (("finetune", -0.15), ("frozen", 0.15)):
+        (marker, *_), color = STYLE[strategy]
+        label = f"{strategy} minus scratch"
+        for x, labels in enumerate(counts):
+            values = differences(groups, labels, strategy, "scratch", "accuracy")
+            if values:
+                bar = common.mean_std_ci("y", values)
+                style = {"fmt": marker, "color": color, "capsize": 4, "label": label}
+                axes.errorbar(x + shift, bar["y_mean"], bar["y_ci"], **style)
+                axes.plot([x + shift - 0.1] * len(values), values, ".", color=color)
+                label = None  # one entry in the legend
+    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+    axes.set(xlabel="labelled images", ylabel="difference in test accuracy")
+    axes.legend(title="dots: seeds; bars: mean, 95% interval")
+    return figure
+
+
 def plot_confusion(runs, summary):
     """Test confusions in the first run of the strategy that validates best with the most labels."""
     best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
     run = common.group(runs, ["labels", "strategy"])[best["labels"], best["strategy"]][0]
-    figure, axes = plt.subplots(figsize=(8, 7.2))
+    figure, axes = plt.subplots(figsize=(9, 7.2))
     counts = torch.tensor(run["confusion"])
-    axes.imshow(counts.sqrt().numpy(), cmap="Blues")  # the root, so that rare confusions show
+    # The colours follow the root of the count, so that rare confusions show.
+    image = axes.imshow(counts.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0))
+    figure.colorbar(image, label="test images", shrink=0.8)
     for row in range(10):
         for column in range(10):
             count = counts[row, column].item()
@@ -236,7 +269,9 @@ def plot_confusion(runs, summary):
     axes.set_yticks(range(10), common.CLASSES)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel="predicted", ylabel="true", title=f"test images: {run['folder']}")
+    config = run["config"]
+    title = f"{config['strategy']}, {config['labels']:,} labels, seed {config['seed']}"
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
     return figure
 
 
@@ -288,6 +323,8 @@ def main(argv=None):
         "learning_curves": plot_learning_curves(metrics),
         "confusion_matrix": plot_confusion(metrics, summary),
     }
+    if "scratch" in args.strategies and len(args.strategies) > 1:
+        figures["differences"] = plot_differences(metrics)
     common.save_study(study, summary, metrics, figures, args)
 
 

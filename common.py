@@ -8,6 +8,7 @@ reports all of them. `run` trains one model and writes its folder. A study is a 
 import argparse
 import ast
 import copy
+import csv
 import dataclasses
 import functools
 import gzip
@@ -385,6 +386,28 @@ def confusion(predicted, labels):
     return torch.bincount(10 * labels + predicted, minlength=100).view(10, 10).tolist()
 
 
+def nearest_mse(images, train):
+    """Mean squared error, a pixel, between `images` and the nearest of the images `train`."""
+    train = train.flatten(1)
+    nearest = [torch.cdist(part, train).amin(1) for part in images.flatten(1).split(1000)]
+    return torch.cat(nearest).square().mean().item() / train.shape[1]
+
+
+def loss_std(model, split, count=20):
+    """Standard deviations of the mean loss of a split: over draws of the noise, and over samples
+    of as many images, estimated from `count` equal parts of the split."""
+    draws = [test_loop(model, split, seed=seed)["loss"] for seed in range(count)]
+    parts = [Split(split.images[i::count], split.labels[i::count]) for i in range(count)]
+    losses = [test_loop(model, part)["loss"] for part in parts]
+    images = statistics.stdev(losses) / math.sqrt(count)
+    return {"noise": statistics.stdev(draws), "images": images}
+
+
+def class_means(vectors, labels):
+    """The mean of the vectors (N, D) of each class, (10, D)."""
+    return torch.stack([vectors[labels == label].mean(0) for label in range(10)])
+
+
 def baselines(data, sizes):
     """What needs no network, {size: metrics}: the test error of PCA, the best linear autoencoder
     (Baldi & Hornik, 1989), the 10-NN accuracy on its components, and that on the pixels."""
@@ -405,6 +428,19 @@ def baselines(data, sizes):
             "pixel_knn_accuracy": pixel_knn,
         }
     return metrics
+
+
+def discriminant_plane(vectors, labels):
+    """An orthonormal basis (2, D) of the plane in which the classes of `vectors` (N, D) are apart
+    the most in relation to their spread: linear discriminant analysis (Fisher, 1936)."""
+    vectors, labels = vectors.cpu().double(), labels.cpu()
+    means = class_means(vectors, labels)
+    spread = vectors - means[labels]
+    variances, axes = torch.linalg.eigh(spread.T @ spread / len(spread))
+    whiten = axes / variances.clamp(min=1e-12).sqrt()
+    directions = torch.linalg.svd((means - means.mean(0)) @ whiten).Vh[:2]
+    basis = torch.linalg.qr(whiten @ directions.T).Q.T.float()
+    return F.pad(basis, (0, 0, 0, 2 - len(basis)))  # of one dimension: the other is nothing
 
 
 # runs on disk -------------------------------------------------------------------------------------
@@ -696,6 +732,26 @@ plt.rcParams.update({"font.size": 11, "legend.frameon": False, "savefig.dpi": 13
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.bbox": "tight"})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
+
+
+def plot_losses(path, best_epoch):
+    """The losses in a losses.csv, with the epoch marked whose weights are kept."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    train = {int(row["epoch"]): float(row["train_loss"]) for row in rows}
+    val = {int(row["epoch"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(train.keys(), train.values(), ".-", label="training (latest weights)")
+    label, red = "validation (EMA weights)", COLORS[2]
+    axes.plot(val.keys(), val.values(), "o-", markersize=3, color=red, label=label)
+    label = f"kept: {val[best_epoch]:.4f}, epoch {best_epoch}"
+    axes.plot(best_epoch, val[best_epoch], "*", markersize=14, color="black", label=label)
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend()
+    return figure
 
 
 def one_of_each_class(split):

@@ -5,6 +5,7 @@
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -120,8 +121,9 @@ def predict(model, images):
     return torch.cat([model(chunk) for chunk in images.split(250)])
 
 
-def load(path):
-    """The trained autoencoder of a model.pt, in evaluation mode."""
+def load(folder):
+    """The trained autoencoder in a run's folder, in evaluation mode."""
+    path = Path(folder) / "model.pt"
     model = Autoencoder(common.read(path)["config"]["latent"])
     common.read(path, model=model)
     return model.eval()
@@ -142,15 +144,11 @@ def evaluate(model, data):
 def summarize(runs, data):
     """A row per latent size: the test metrics over the seeds, beside what needs no autoencoder."""
     summary = common.summarize(runs, ["latent"])
-    groups = common.group(runs, ["latent"])
     baselines = common.baselines(data, [row["latent"] for row in summary])
     for row in summary:
         row |= baselines[row["latent"]]
         # With 784 dimensions PCA is exact and no ratio means anything.
         row["ratio"] = row["mse_mean"] / row["pca_mse"] if row["latent"] < 784 else None
-        accuracies = [run["test"]["latent_knn_accuracy"] for run in groups[row["latent"],]]
-        gains = [accuracy - row["pca_knn_accuracy"] for accuracy in accuracies]
-        row |= common.mean_std_ci("knn_minus_pca", gains)
     return summary
 
 
@@ -178,18 +176,18 @@ def plot_errors(summary, epochs):
     pca = [row["pca_mse"] for row in compared]
     errors.plot([row["latent"] for row in compared], pca, "s--", color=gray, label="PCA")
     pca_knn = [row["pca_knn_accuracy"] for row in summary]
-    classes.plot(sizes, pca_knn, "s--", color=gray, label="on PCA's components")
+    classes.plot(sizes, pca_knn, "s--", color=gray, label="PCA's components")
     for row in compared:
         below = {"xytext": (0, -18), "textcoords": "offset points", "ha": "center"}
         errors.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), **below)
     errors.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     errors.yaxis.set_major_formatter("{x:g}")
-    errors.margins(y=0.12)
+    errors.margins(x=0.08, y=0.12)
     errors.legend(title="×: error relative to PCA's", alignment="left")
 
     pixels = summary[0]["pixel_knn_accuracy"]
-    classes.axhline(pixels, linestyle=":", color="black", label="on the 784 pixels")
-    classes.set_ylabel("10-NN test accuracy on the latent vector")
+    classes.axhline(pixels, linestyle=":", color="black", label="the 784 pixels")
+    classes.set_ylabel("10-NN test accuracy")
     classes.legend(loc="lower right")
     return figure
 
@@ -200,7 +198,7 @@ def plot_reconstructions(folders, data):
     images, names = common.one_of_each_class(data.test)
     rows, labels = [images], ["original"]
     for folder in folders:
-        model = load(folder / "model.pt").to(images.device)
+        model = load(folder).to(images.device)
         rows.append(model(images))
         labels.append(f"{model.encoder.project.out_features} dimensions")
     return common.image_grid(torch.stack(rows), labels, names)

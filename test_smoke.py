@@ -864,7 +864,7 @@ def test_a_run_writes_losses_metrics_and_weights(script, own, studies, data):
 
         saved = torch.load(folder / "model.pt", weights_only=True)
         assert saved.keys() == {"config", "model"} and saved["config"] == run["config"]
-        model = script.load(str(folder / "model.pt"))
+        model = script.load(str(folder))
         assert not model.training and same(model.state_dict(), saved["model"])
         assert run["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
@@ -1262,9 +1262,12 @@ def test_a_study_writes_its_metrics_figures_and_report(script, own, studies):
 
 STRATEGIES = ("scratch", "finetune", "frozen")
 FIGURES = {
-    vae: {"losses", "reconstructions", "samples", "latent_pairs", "interpolations"},
+    vae: {
+        *("losses", "reconstructions", "samples", "latent_pairs", "interpolations"),
+        *("interpolation_distances", "kl_dimensions"),
+    },
     conv_ae: {"latent_vs_error", "reconstructions"},
-    classifier: {"learning_curves", "confusion_matrix"},
+    classifier: {"learning_curves", "differences", "confusion_matrix"},
 }
 FIGURES = {script: {f"{name}.png" for name in names} for script, names in FIGURES.items()}
 
@@ -1613,7 +1616,14 @@ def test_the_test_loss_has_a_standard_deviation_over_noise_and_over_images():
 
 
 class Square(nn.Module):
-    """One latent dimension. Each pixel is the square of its value between 0 and 1."""
+    """One latent dimension, the brightness. A pixel is the square of its value in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.mu = nn.Linear(1, 1)
+
+    def encode(self, images):
+        return images[:, :, 0, 0], None
 
     def decode(self, z):
         return z.clamp(0, 1).square().view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
@@ -1623,11 +1633,14 @@ def test_what_lies_between_two_images_is_measured_beside_a_blend_in_pixels():
     labels = torch.arange(100) % 2
     grays = torch.tensor([0, 0.2, 1])
     train = common.Split(grays.view(3, 1, 1, 1).expand(3, 1, 28, 28), torch.zeros(3).long())
-    data = common.Data(train, None, common.Split(torch.zeros(100, 1, 28, 28), labels))
-    found = vae.interpolate(Square(), data, labels[:, None].float())  # from 0 to 1, or back
+    images = labels.view(-1, 1, 1, 1).expand(100, 1, 28, 28).float()  # lines from 0 to 1, or back
+    data = common.Data(train, None, common.Split(images, labels))
+    found = vae.measure_lines(Square(), data)
     assert found["nearest_reconstruction"] == pytest.approx(0, abs=1e-6)
     assert found["nearest_midpoint"] == pytest.approx((0.25 - 0.2) ** 2, rel=1e-3)
     assert found["nearest_blend"] == pytest.approx((0.5 - 0.2) ** 2, rel=1e-3)
+    gain = found["nearest_midpoint"] - found["nearest_blend"]
+    assert found["midpoint_minus_blend"] == pytest.approx(gain)
     # Steps from i^2 / 64 to (i + 1)^2 / 64: the last, 15 / 64, is the largest, their mean 1 / 8.
     assert found["step_ratio"] == pytest.approx(15 / 8)
     samples = torch.randn(100_000, 1).clamp(0, 1).square()
@@ -1635,19 +1648,12 @@ def test_what_lies_between_two_images_is_measured_beside_a_blend_in_pixels():
     assert found["nearest_sample"] == pytest.approx(nearest, rel=0.2)
 
 
-def test_the_vaes_summary_sets_its_neighbours_and_midpoints_beside_the_baselines():
-    data, runs = clusters(), []
-    for accuracy, midpoint in ((0.5, 0.1), (0.7, 0.4)):
-        test = {"latent_knn_accuracy": accuracy, "nearest_midpoint": midpoint, "nearest_blend": 0.3}
-        runs.append(fake_run(test, latent=8))
+def test_the_vaes_summary_sets_it_beside_the_baselines():
+    data = clusters()
+    runs = [fake_run({"latent_knn_accuracy": value}, latent=3) for value in (0.5, 0.7)]
     (row,) = vae.summarize(runs, data)
-    baseline = common.baselines(data, [8])[8]
-    assert row["n"] == 2 and row["pca_knn_accuracy"] == baseline["pca_knn_accuracy"]
-    for name in ("pca", "pixel"):
-        gain = 0.6 - baseline[f"{name}_knn_accuracy"]
-        assert row[f"knn_minus_{name}_mean"] == pytest.approx(gain)
-    assert row["midpoint_minus_blend_mean"] == pytest.approx(-0.05)
-    assert row["midpoint_minus_blend_ci"] == pytest.approx(12.706 * 0.15)
+    assert row["n"] == 2 and row["latent_knn_accuracy_mean"] == pytest.approx(0.6)
+    assert row.items() >= common.baselines(data, [3])[3].items()
 
 
 def test_the_vae_learns(studies):
@@ -1663,7 +1669,7 @@ def test_a_vae_of_any_latent_size_ends_with_all_figures(latent, here, tmp_path):
     assert {path.name for path in study.glob("*.png")} == FIGURES[vae]
     assert plt.get_fignums() == []  # closed: a long study must not fill the memory
     assert (study / "explorer.html").exists()
-    assert vae.load(study / "seed0" / "model.pt").mu.out_features == latent
+    assert vae.load(study / "seed0").mu.out_features == latent
 
 
 class SmoothVAE(vae.VAE):
@@ -1692,64 +1698,128 @@ def test_a_layer_that_the_explorer_page_lacks_gives_no_page_and_says_so(
 
 BEFORE = "<script>var errors = []; console.error = onerror = text => errors.push(text);</script>"
 AFTER = """<script>
-const picture = () => document.querySelector("canvas#image").toDataURL(), pictures = [picture()];
-const [slider, ...others] = document.querySelectorAll("input[type=range]");
-slider.value = slider.max;
-slider.dispatchEvent(new Event("input"));
-pictures.push(picture());
-document.querySelector("#classes button:last-child").click();
+const $q = selector => document.querySelector(selector), stages = {};
+const stage = name => { stages[name] = {picture: $q("canvas#image").toDataURL(),
+  map: $q("canvas#map").toDataURL(), text: $q("#errors").textContent, list: $q("#list").textContent,
+  sliders: Array.from({length: 8}, (_, i) => $q(`#z${i}`).valueAsNumber)}; };
+const input = (selector, value) => {
+  $q(selector).value = value;
+  $q(selector).dispatchEvent(new Event("input"));
+};
+const pointer = (type, x, y) => {
+  const box = $q("#map").getBoundingClientRect();
+  const [clientX, clientY] = [box.left + x * box.width, box.top + y * box.height];
+  $q("#map").dispatchEvent(new PointerEvent(type, {clientX, clientY}));
+};
+stage("opened");
+input("#z3", $q("#z3").max);
+stage("slid");
+$q("#classes button:last-child").click();
 setTimeout(() => {
-  const report = {pictures: [...pictures, picture()], decoded: POINTS.map(decode), errors, others,
-                  list: document.querySelector("#list").textContent};
+  stage("clicked");
+  pointer("pointermove", 0.9, 0.9);  // not down: nothing moves
+  stage("hovered");
+  pointer("pointerdown", 0.5, 0.5);
+  pointer("pointermove", 0.55, 0.4);
+  pointer("pointerup", 0.55, 0.4);
+  pointer("pointermove", 0.9, 0.9);
+  stage("dragged");
+  input("#scrub", 0);
+  stage("scrubbed");
+  $q("#map").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowUp"}));
+  stage("keyed");
+  const order = Array.from(document.querySelectorAll(".slider input"), slider => slider.id);
+  const report = {stages, decoded: POINTS.map(decode), errors, order};
   document.body.textContent = JSON.stringify(report);
 }, 1500);
 </script>"""
 
 
-def test_the_explorer_page_decodes_like_the_model_in_a_browser(data, tmp_path):
+def test_the_explorer_page_moves_and_decodes_like_the_model_in_a_browser(data, tmp_path):
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if not browser:
         pytest.skip("there is no Chromium here")
-    model = vae.VAE(vae.Config())
+    model, path = vae.VAE(vae.Config()), tmp_path / "page.html"
     model.decoder[1], model.decoder[3] = nn.ReLU(), nn.LeakyReLU(0.3)
+    model.decoder[2] = nn.Linear(64, 128, bias=False)
     with torch.no_grad():
-        mu = model.encode(data.train.images)[0]
-        prototypes = torch.stack([mu[data.train.labels == label].mean(0) for label in range(10)])
-        page = vae.explorer(model, mu, prototypes, data.test.images[:10])
-        points = torch.cat([prototypes, torch.randn(10, 8)])
+        mu, logvar = model.encode(data.test.images)
+        means = common.class_means(model.encode(data.train.images)[0], data.train.labels)
+        vae.save_explorer(path, model, data, means)
+        points = torch.cat([means, torch.randn(10, 8)])
         expected = model.decode(points).flatten(1)
-    page = page.replace("<title>", f"{BEFORE}<title>")
+        image, decoded = data.test.images[9], model.decode(mu[9:10])[0]
+    kl = model.kl(mu, logvar)
+    page = path.read_text(encoding="utf-8").replace("<title>", f"{BEFORE}<title>")
+    plane = torch.tensor(json.loads(re.search(r"const data = (\{.*\});", page)[1])["plane"])
     page += AFTER.replace("POINTS", json.dumps(points.tolist()))
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     own = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000"]
     own += ["--force-prefers-reduced-motion", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [browser, *own, "--dump-dom", (tmp_path / "page.html").as_uri()]
+    command = [browser, *own, "--dump-dom", path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
     if "A VAE's latent space" not in done.stdout:
         pytest.skip("Chromium could not open the page")
     report = json.loads(re.search("<body>(.*?)</body>", done.stdout, re.DOTALL)[1])
-    assert report["errors"] == [] and len(report["others"]) == 7
-    assert len(set(report["pictures"])) == 3
+    assert report["errors"] == []
     assert (torch.tensor(report["decoded"]) - expected).abs().max() < 1e-5
-    shown = torch.tensor(json.loads(report["list"]))  # of the last class, that was clicked
-    assert (shown - prototypes[-1]).abs().max() < 1e-3
+    order = kl.mean(0).argsort(descending=True).tolist()
+    assert report["order"] == [f"z{i}" for i in order]
+
+    stages = report["stages"]
+    z = {name: torch.tensor(stage["sliders"]) for name, stage in stages.items()}
+    assert torch.allclose(z["opened"], mu[9], atol=1e-4)  # the last class's first image
+    l1 = (decoded - image).abs().mean().item()
+    shown = re.findall(r"\d+\.\d+", stages["opened"]["text"])
+    assert [float(number) for number in shown] == pytest.approx([l1, kl[9].sum().item()], abs=0.06)
+    assert float(shown[0]) == pytest.approx(l1, abs=1e-3)
+    assert z["slid"][3] > z["opened"][3] + 1 and "moved away" in stages["slid"]["text"]
+    assert torch.allclose(z["clicked"], means[-1], atol=1e-4)
+    assert stages["hovered"] == stages["clicked"]
+    for start, end in (("clicked", "dragged"), ("scrubbed", "keyed")):
+        moved = z[end] - z[start]
+        assert moved.norm() > 0.01  # along the plane, and nowhere else
+        assert torch.allclose(moved @ plane.T @ plane, moved, atol=1e-4)
+    assert torch.allclose(z["scrubbed"], z["clicked"], atol=1e-4)
+    distinct = [stages[name] for name in ("opened", "slid", "clicked", "dragged", "keyed")]
+    for part in ("picture", "map", "list"):
+        assert len({stage[part] for stage in distinct}) == len(distinct)
+    for name, stage in stages.items():
+        assert torch.allclose(torch.tensor(json.loads(stage["list"])), z[name], atol=1e-3)
 
 
 def test_the_explorer_page_holds_each_class_and_the_ranges_of_the_test_images(studies, data):
     text = (studies.out / "vae" / "explorer.html").read_text(encoding="utf-8")
     page = json.loads(re.search(r"const data = (\{.*\});", text)[1])
-    assert list(page["classes"]) == list(common.CLASSES)
-    model = vae.load(studies.out / "vae" / "seed0" / "model.pt")  # of the first seed
+    assert page["names"] == list(common.CLASSES) and page["colors"] == list(common.COLORS)
+    model = vae.load(studies.out / "vae" / "seed0")  # of the first seed
     mu, labels = model.encode(data.train.images)[0], data.train.labels
-    test_mu = model.encode(data.test.images)[0]
-    for label, entry in enumerate(page["classes"].values()):
-        prototype = torch.tensor(entry["prototype"])
-        assert torch.allclose(prototype, mu[labels == label].mean(0), atol=1e-4)
-        assert torch.allclose(torch.tensor(entry["mu"]), test_mu[label], atol=1e-4)
-    assert len(page["low"]) == len(page["high"]) == len(page["histograms"]) == 8
+    test_mu, logvar = model.encode(data.test.images)
+    kl = model.kl(test_mu, logvar)
+    for label in range(10):
+        mean = mu[labels == label].mean(0)
+        assert torch.allclose(torch.tensor(page["means"][label]), mean, atol=1e-4)
+        assert torch.allclose(torch.tensor(page["imageMu"][label]), test_mu[label], atol=1e-4)
+        assert page["imageKl"][label] == pytest.approx(kl[label].sum().item(), rel=1e-3)
+        pixels = torch.tensor(page["images"][label]) / 255
+        assert torch.allclose(pixels, data.test.images[label].flatten(), atol=0.005)
+    assert torch.allclose(torch.tensor(page["points"]), test_mu, atol=1e-3)
+    assert page["labels"] == data.test.labels.tolist()
+    assert page["kl"] == pytest.approx(kl.mean(0).tolist(), rel=1e-3)
     assert max(page["low"]) <= -4 and min(page["high"]) >= 4
-    assert all(0 < sum(histogram) <= TEST for histogram in page["histograms"])
+
+
+def test_the_plane_of_the_map_is_that_of_fishers_discriminants():
+    directions = torch.linalg.qr(torch.randn(5, 5)).Q  # the first two separate the classes
+    labels = torch.randperm(2000) % 10
+    vectors = torch.randn(2000, 5) * torch.tensor([1.0, 1, 9, 9, 9])
+    vectors[:, :2] += 6 * torch.randn(10, 2)[labels]
+    plane = common.discriminant_plane(vectors @ directions.T, labels)
+    assert torch.allclose(plane @ plane.T, torch.eye(2), atol=1e-5)
+    assert torch.allclose(plane.T @ plane, directions[:, :2] @ directions[:, :2].T, atol=0.1)
+    one = common.discriminant_plane(torch.randn(100, 1), torch.arange(100) % 10)
+    assert one.abs().tolist() == [[1.0], [0.0]]
 
 
 # conv_ae ------------------------------------------------------------------------------------------
@@ -1772,8 +1842,6 @@ def test_pca_is_that_of_a_direct_svd_and_the_summary_sets_it_beside_each_size():
     assert five["pca_mse"] == pytest.approx(expected)
     assert five["ratio"] == pytest.approx(0.2 / expected)
     assert five["pca_knn_accuracy"] == pytest.approx(neighbours)
-    assert five["knn_minus_pca_mean"] == pytest.approx(0.2 - neighbours)
-    assert five["knn_minus_pca_ci"] == pytest.approx(12.706 * 0.1)
     assert (five["n"], five["mse_mean"], five["l1_mean"]) == (
         2,
         pytest.approx(0.2),
@@ -1837,7 +1905,7 @@ def test_running_statistics_of_a_short_run_are_those_of_its_images(
 ):
     argv = [*here, "--epochs", "2", "--batch-size", "20", *SCRATCH]
     classifier.main(argv)
-    model = classifier.load(tmp_path / "out/classifier/scratch-labels200-seed0/model.pt")
+    model = classifier.load(tmp_path / "out/classifier/scratch-labels200-seed0")
     own, batch = model(data.val.images), model.train().encoder(data.val.images)
     batch = model.head.eval()(batch)
     distance = (own.softmax(1) - batch.softmax(1)).abs().sum(1).mean() / 2  # in total variation
@@ -1891,7 +1959,7 @@ def test_finetune_and_frozen_start_at_the_encoder_of_their_seed(again, studies, 
     classifier.main([*again[classifier], "--labels", "20"])
     encoders = {}
     for seed in (0, 1):
-        model = conv_ae.load(studies.out / "conv_ae" / f"latent032-seed{seed}" / "model.pt")
+        model = conv_ae.load(studies.out / "conv_ae" / f"latent032-seed{seed}")
         encoders[seed] = model.encoder.features.state_dict()
     hashes = set()
     for run in started.values():
@@ -1919,11 +1987,11 @@ def test_another_encoder_is_another_config(again, studies, tmp_path):
 
 def test_a_frozen_encoder_stays_bit_by_bit_and_a_finetuned_one_moves(studies):
     for seed in (0, 1):
-        path = studies.out / "conv_ae" / f"latent032-seed{seed}" / "model.pt"
+        path = studies.out / "conv_ae" / f"latent032-seed{seed}"
         start = conv_ae.load(path).encoder.features.state_dict()
         ends = {}
         for strategy in STRATEGIES:
-            path = studies.out / "classifier" / f"{strategy}-labels200-seed{seed}" / "model.pt"
+            path = studies.out / "classifier" / f"{strategy}-labels200-seed{seed}"
             ends[strategy] = classifier.load(path).encoder.state_dict()
         assert same(ends["frozen"], start)  # buffers of batch norm included
         assert not same(ends["finetune"], start) and not same(ends["scratch"], ends["finetune"])
@@ -2025,7 +2093,7 @@ def test_few_labelled_images_are_repeated_until_an_epoch_has_enough():
 
 def test_the_confusion_matrix_counts_the_test_images_by_true_and_predicted_class(studies, data):
     path = studies.out / "classifier" / "scratch-labels20-seed0"
-    model, run = classifier.load(path / "model.pt"), metrics(path)
+    model, run = classifier.load(path), metrics(path)
     predicted = model(data.test.images).argmax(1)
     counts = [[0] * 10 for _ in range(10)]
     for true, guess in zip(data.test.labels.tolist(), predicted.tolist()):
@@ -2086,11 +2154,21 @@ def test_differences_between_strategies_are_paired_by_seed():
 
 def test_the_confusion_matrix_is_that_of_the_strategy_that_is_best_in_validation():
     summary = classifier.summarize(CLASSIFIER_RUNS)
-    (axes,) = classifier.plot_confusion(CLASSIFIER_RUNS, summary).axes
+    axes, _ = classifier.plot_confusion(CLASSIFIER_RUNS, summary).axes
     # Scratch is worse in the test, and frozen, better in both, has fewer labels.
-    assert axes.get_title() == "test images: scratch-10-0"
+    assert axes.get_title() == "scratch, 10 labels, seed 0"
     assert [text.get_text() for text in axes.texts] == ["1"] * 100
-    assert axes.get_xlabel() == "predicted" and axes.get_ylabel() == "true"
+    assert axes.get_xlabel() == "predicted class" and axes.get_ylabel() == "true class"
+
+
+def test_the_figure_of_differences_shows_each_seed_and_the_interval():
+    (axes,) = classifier.plot_differences(CLASSIFIER_RUNS).axes
+    points = [list(line.get_ydata()) for line in axes.lines]
+    for expected in ([0, 0], [0.1, 0.3], [0.2]):  # zero, the seeds, the mean
+        assert pytest.approx(expected) in points
+    (ends,) = axes.containers[0].lines[2][0].get_segments()
+    assert ends[:, 1].tolist() == pytest.approx([0.2 - 1.2706, 0.2 + 1.2706])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["5", "10"]
 
 
 def test_learning_curves_are_means_over_all_runs_up_to_the_end_of_the_shortest():

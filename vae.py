@@ -5,11 +5,9 @@ arXiv:1312.6114) look like, and how well does it reconstruct?
 """
 
 import base64
-import csv
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import stdev
 
 import matplotlib.pyplot as plt
 import torch
@@ -103,8 +101,9 @@ class VAE(nn.Module):
         return {"loss": recon + self.alpha * kl, "recon": recon, "kl": kl}
 
 
-def load(path):
-    """The trained VAE of a model.pt, in evaluation mode."""
+def load(folder):
+    """The trained VAE in a run's folder, in evaluation mode."""
+    path = Path(folder) / "model.pt"
     model = VAE(Config(**common.read(path)["config"]))
     common.read(path, model=model)
     return model.eval()
@@ -126,107 +125,98 @@ def evaluate(model, data):
     test["loss_unbounded"] = common.test_loop(model, data.test)["loss"]
     free_mu, free_logvar = model.encode(images)
     model.bounded = True
-    at_bound = ((free_mu != mu) | (free_logvar != logvar)).any(1)
-    test["images_at_bound"] = at_bound.sum().item()
-
+    test["images_at_bound"] = ((free_mu != mu) | (free_logvar != logvar)).any(1).sum().item()
     train_mu, _ = model.encode(data.train.images)
     predicted = common.knn(train_mu, data.train.labels, mu)
     test["latent_knn_accuracy"] = common.accuracy(predicted, labels)
-    test |= interpolate(model, data, mu)
-
-    # How far the test loss depends on the noise, and on which images are in the test set.
-    draws = [common.test_loop(model, data.test, seed=seed)["loss"] for seed in range(20)]
-    parts = [common.Split(images[i::20], labels[i::20]) for i in range(20)]
-    losses = [common.test_loop(model, part)["loss"] for part in parts]
     return {
-        "test": test,
-        "loss_std": {"noise": stdev(draws), "images": stdev(losses) / len(parts) ** 0.5},
+        "test": {**test, **measure_lines(model, data)},
+        "loss_std": common.loss_std(model, data.test),
         "kl_dimensions": kl.mean(0).tolist(),
         "latent_knn_confusion": common.confusion(predicted, labels),
     }
 
 
-def nearest_mse(images, train):
-    """Mean squared error, a pixel, between `images` and the nearest of the images `train`."""
-    train = train.flatten(1)
-    chunks = images.flatten(1).split(1000)
-    nearest = [torch.cdist(chunk, train).amin(1) for chunk in chunks]
-    return torch.cat(nearest).square().mean().item() / train.shape[1]
-
-
-def interpolate(model, data, mu):
-    """Lines between the `mu` of 2,000 pairs of test images of different classes, the same pairs for
-    every model. How far from a training image (`nearest_mse`) are the decoded midpoints, beside
-    the decoded ends, blends of the decoded ends in pixels, and samples of the prior? `step_ratio`
-    is the largest of 8 steps over the mean step, as root mean squared changes of the pixels."""
+def decode_lines(model, data):
+    """Nine equally spaced points, decoded, on the lines between the mu of 2,000 pairs of test
+    images of different classes, (9, 2000, 1, 28, 28). The pairs are the same for every model."""
+    mu, _ = model.encode(data.test.images)
     labels = data.test.labels.cpu()
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randint(len(labels), (3000, 2), generator=generator)
+    pairs = torch.randint(len(mu), (3000, 2), generator=torch.Generator().manual_seed(0))
     pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]][:2000].to(mu.device)
     start, end = mu[pairs[:, 0]], mu[pairs[:, 1]]
-    line = torch.stack([model.decode(torch.lerp(start, end, i / 8)) for i in range(9)])
+    return torch.stack([model.decode(torch.lerp(start, end, i / 8)) for i in range(9)])
+
+
+def measure_lines(model, data):
+    """How far from a training image (`nearest_mse`) are the midpoints of `decode_lines`, beside
+    the ends, blends of the two ends in pixels, and samples of the prior? `step_ratio` is the
+    largest of the 8 steps over the mean step, as root mean squared changes of the pixels."""
+    line, train = decode_lines(model, data), data.train.images
+    midpoint = common.nearest_mse(line[4], train)
+    blend = common.nearest_mse((line[0] + line[8]) / 2, train)
     steps = line.diff(dim=0).square().mean((2, 3, 4)).sqrt()  # (8, pairs)
-    noise = torch.randn(2000, mu.shape[1], generator=generator).to(mu.device)
-    train = data.train.images
     return {
-        "nearest_reconstruction": nearest_mse(line[0], train),
-        "nearest_midpoint": nearest_mse(line[4], train),
-        "nearest_blend": nearest_mse((line[0] + line[8]) / 2, train),
-        "nearest_sample": nearest_mse(model.decode(noise), train),
+        "nearest_reconstruction": common.nearest_mse(line[0], train),
+        "nearest_midpoint": midpoint,
+        "nearest_blend": blend,
+        "midpoint_minus_blend": midpoint - blend,
+        "nearest_sample": common.nearest_mse(sample(model, 2000), train),
         "step_ratio": (steps.amax(0) / steps.mean(0)).mean().item(),
     }
+
+
+def sample(model, count):
+    """Decoded samples of the prior (count, 1, 28, 28), the same latent vectors every time."""
+    noise = torch.randn(count, model.mu.out_features, generator=torch.Generator().manual_seed(0))
+    return model.decode(noise.to(model.mu.weight.device))
 
 
 def summarize(runs, data):
     """One row: the test metrics over the seeds, beside what needs no VAE."""
     (row,) = common.summarize(runs, [])
     latent = runs[0]["config"]["latent"]
-    row |= common.baselines(data, [latent])[latent]
-    tests = [run["test"] for run in runs]
-    gains = [test["latent_knn_accuracy"] - row["pca_knn_accuracy"] for test in tests]
-    row |= common.mean_std_ci("knn_minus_pca", gains)
-    gains = [test["latent_knn_accuracy"] - row["pixel_knn_accuracy"] for test in tests]
-    row |= common.mean_std_ci("knn_minus_pixel", gains)
-    gains = [test["nearest_midpoint"] - test["nearest_blend"] for test in tests]
-    row |= common.mean_std_ci("midpoint_minus_blend", gains)
-    return [row]
+    return [{**row, **common.baselines(data, [latent])[latent]}]
 
 
 # figures ------------------------------------------------------------------------------------------
 
 
-def plot_losses(path, best_epoch):
-    """The losses in a losses.csv, with the epoch marked whose weights are kept."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    train = {int(row["epoch"]): float(row["train_loss"]) for row in rows}
-    val = {int(row["epoch"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
+def plot_kl(kl):
+    """The mean KL of each latent dimension, the largest first."""
+    order = sorted(range(len(kl)), key=lambda i: -kl[i])
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    axes.bar(range(len(kl)), [kl[i] for i in order])
+    axes.set_xticks(range(len(kl)), [i + 1 for i in order])
+    axes.set(xlabel="latent dimension", ylabel="mean KL of the\ntest images (nats)")
+    return figure
+
+
+def plot_distances(model, data, test):
+    """The distance to the nearest training image on 500 of the `decode_lines`."""
+    line, train = decode_lines(model, data)[:, :500], data.train.images
+    positions = [i / 8 for i in range(9)]
+    latent = [common.nearest_mse(images, train) for images in line]
+    pixels = [common.nearest_mse(torch.lerp(line[0], line[8], t), train) for t in positions]
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(train.keys(), train.values(), ".-", label="training (latest weights)")
-    label, red = "validation (EMA weights)", common.COLORS[2]
-    axes.plot(val.keys(), val.values(), "o-", markersize=3, color=red, label=label)
-    label = f"kept: {val[best_epoch]:.4f}, epoch {best_epoch}"
-    axes.plot(best_epoch, val[best_epoch], "*", markersize=14, color="black", label=label)
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.plot(positions, pixels, "s--", color=common.COLORS[8], label="blended in pixels")
+    axes.axhline(test["nearest_sample"], color="black", linestyle=":", label="samples of the prior")
+    axes.plot(positions, latent, "o-", label="blended in the latent space, then decoded")
+    axes.set(xlabel="position between two test images of different classes", ylim=(0, None))
+    axes.set_ylabel("MSE to the nearest training image")
     axes.legend()
     return figure
 
 
-def plot_latent_pairs(mu, labels, dimensions, prototypes):
-    """3,000 of the test set's mu (N, latent) in all pairs of `dimensions`, those of the
-    largest KL, coloured by class. A circled number is the prototype of a class."""
+def plot_latent_pairs(model, data, kl, means):
+    """The mu of the first 3,000 test images in all pairs of the dimensions with the largest KL, at
+    most 8, coloured by class. A circled number is the mean of a class."""
+    dimensions = torch.tensor(kl).argsort(descending=True)[:8].tolist()
     size = max(1, len(dimensions) - 1)
-    inches = max(5, 1.45 * size)
-    figure, grid = plt.subplots(size, size, figsize=(inches, inches), squeeze=False)
-    # Shuffled, so that no class hides another.
-    chosen = torch.randperm(len(mu), generator=torch.Generator().manual_seed(0))[:3000]
-    points = mu[chosen].numpy()
-    colors = [common.COLORS[label] for label in labels[chosen].tolist()]
-    limit = mu.abs().quantile(0.999).item()
-    style = {"fontsize": 7, "ha": "center", "va": "center"}
+    figure, grid = plt.subplots(size, size, figsize=2 * [max(5, 1.45 * size)], squeeze=False)
+    points = model.encode(data.test.images[:3000])[0].cpu()
+    colors = [common.COLORS[label] for label in data.test.labels[:3000].tolist()]
+    limit = points.abs().quantile(0.999).item()
     for row, y in enumerate(dimensions[1:] or dimensions):
         for column, x in enumerate(dimensions[:size]):
             axes = grid[row, column]
@@ -234,97 +224,87 @@ def plot_latent_pairs(mu, labels, dimensions, prototypes):
                 axes.remove()
                 continue
             axes.scatter(points[:, x], points[:, y], s=1, c=colors, rasterized=True)
-            for label, point in enumerate(prototypes.tolist()):
+            for label, mean in enumerate(means.tolist()):
                 box = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": common.COLORS[label]}
-                axes.text(point[x], point[y], label, bbox=box, **style)
+                place = {"ha": "center", "va": "center", "fontsize": 7, "bbox": box}
+                axes.text(mean[x], mean[y], label, **place)
             axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
+            axes.set(xlabel=f"$\\mu_{{{x + 1}}}$", ylabel=f"$\\mu_{{{y + 1}}}$")
             axes.label_outer()
-            if row == size - 1:
-                axes.set_xlabel(f"$\\mu_{{{x + 1}}}$")
-            if column == 0:
-                axes.set_ylabel(f"$\\mu_{{{y + 1}}}$")
     names = [f"{label}  {name}" for label, name in enumerate(common.CLASSES)]
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in common.COLORS]
     place = "upper right" if size > 4 else "outside right upper"
-    title = f"{len(dimensions)} of {mu.shape[1]} dimensions,\nclasses and prototypes"
+    title = f"{len(points):,} test images,\n{len(dimensions)} of {len(kl)} dimensions"
     figure.legend(dots, names, loc=place, title=title)
     return figure
 
 
-def plot_interpolations(model, prototypes):
-    """Decoded steps on the line between the prototypes of two classes."""
-    steps = torch.linspace(0, 1, 9, device=prototypes.device)[:, None]
+def plot_interpolations(model, means):
+    """Decoded steps on the line between the means of two classes."""
+    steps = torch.linspace(0, 1, 9, device=means.device)[:, None]
     rows, names = [], []
     for a, b in PAIRS:
-        rows.append(model.decode(torch.lerp(prototypes[a], prototypes[b], steps)))
+        rows.append(model.decode(torch.lerp(means[a], means[b], steps)))
         names.append(f"{common.CLASSES[a]} to\n{common.CLASSES[b]}")
     return common.image_grid(torch.stack(rows), names)
 
 
-def explorer(model, mu, prototypes, examples):
-    """explorer.html with its data filled in: the decoder, the ranges of mu, and the prototype and
-    an example image of each class. None where the page can't compute the decoder."""
+def save_explorer(path, model, data, means):
+    """Writes explorer.html with its data filled in: the decoder, where the test images lie, the
+    classes' means and an image of each. None where the page can't compute the decoder."""
+    path.unlink(missing_ok=True)  # that of another decoder
     layers, weights = [], []
     for layer in model.decoder:
-        if isinstance(layer, nn.Linear) and layer.bias is not None:
-            weights += [layer.weight.flatten(), layer.bias]
-            layers.append({"name": "Linear", "outputs": layer.out_features})
-        elif isinstance(layer, nn.LeakyReLU | nn.ReLU):
-            layers.append({"name": "LeakyReLU", "slope": getattr(layer, "negative_slope", 0)})
-        elif isinstance(layer, nn.Sigmoid):
-            layers.append({"name": "Sigmoid"})
-        elif not isinstance(layer, nn.Unflatten):
-            layers.append(None)
-    if None in layers or not torch.equal(model.decode(prototypes), model.decoder(prototypes)):
+        layers.append({"name": type(layer).__name__, "slope": getattr(layer, "negative_slope", 0)})
+        if isinstance(layer, nn.Linear):
+            layers[-1]["outputs"] = layer.out_features
+            bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            weights += [layer.weight.flatten(), bias]
+    unknown = {layer["name"] for layer in layers} - {"Linear", "LeakyReLU", "ReLU", "Sigmoid"}
+    if unknown != {"Unflatten"} or not torch.equal(model.decode(means), model.decoder(means)):
         print("no explorer.html: the page can't compute this decoder", flush=True)
-        return None
-    low = mu.quantile(0.001, 0).clamp(max=-4).tolist()  # covers the prior
-    high = mu.quantile(0.999, 0).clamp(min=4).tolist()
-    ranges = zip(mu.T, low, high)
-    histograms = [torch.histc(column, 40, start, end).tolist() for column, start, end in ranges]
-    classes = {}
-    for name, prototype, image in zip(common.CLASSES, prototypes, examples):
-        classes[name] = {
-            "prototype": prototype.tolist(),
-            "mu": model.encode(image)[0].flatten().tolist(),
-            "pixels": base64.b64encode((255 * image).byte().cpu().numpy()).decode(),
-        }
-    data = {
+        return
+    mu, logvar = model.encode(data.test.images)
+    images, _ = common.one_of_each_class(data.test)
+    image_mu, image_logvar = model.encode(images)
+    plane = common.discriminant_plane(model.encode(data.train.images)[0], data.train.labels)
+    content = {
         "layers": layers,
         "weights": base64.b64encode(torch.cat(weights).cpu().numpy()).decode(),
-        "low": low,
-        "high": high,
-        "histograms": histograms,
-        "classes": classes,
+        "kl": model.kl(mu, logvar).mean(0).tolist(),
+        "low": mu.cpu().quantile(0.001, 0).clamp(max=-4).tolist(),  # covers the prior
+        "high": mu.cpu().quantile(0.999, 0).clamp(min=4).tolist(),
+        "points": [[round(x, 3) for x in point] for point in mu[:2000].tolist()],
+        "labels": data.test.labels[:2000].tolist(),
+        "plane": plane.tolist(),
+        "names": common.CLASSES,
+        "colors": common.COLORS,
+        "means": means.tolist(),
+        "images": (255 * images).byte().flatten(1).tolist(),
+        "imageMu": image_mu.tolist(),
+        "imageKl": model.kl(image_mu, image_logvar).sum(1).tolist(),
     }
     template = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
-    return template.replace("= DATA", f"= {json.dumps(data)}")
+    common.save(path, template.replace("= DATA", f"= {json.dumps(content)}"))
 
 
 @torch.no_grad()
 def plot(model, data, run, study):
     """The figures {name: figure} of a run and, in the folder `study`, explorer.html."""
-    mu, logvar = model.encode(data.test.images)
-    dimensions = model.kl(mu, logvar).mean(0).argsort(descending=True)[:8].sort().values.tolist()
-    train_mu, _ = model.encode(data.train.images)
-    # A prototype is the mean of mu over the training images of a class (as in Snell et al., 2017).
-    prototypes = torch.stack([train_mu[data.train.labels == label].mean(0) for label in range(10)])
+    # Prototypes of the classes are the means of their mu (as in Snell et al., 2017).
+    means = common.class_means(model.encode(data.train.images)[0], data.train.labels)
+    save_explorer(study / "explorer.html", model, data, means)
     originals, names = common.one_of_each_class(data.test)
-    decoded = model.decode(model.encode(originals)[0])
-    rows = torch.stack([originals, decoded, model.decode(prototypes)])
-    noise = torch.randn(50, mu.shape[1], generator=torch.Generator().manual_seed(0)).to(mu.device)
-
-    mu, labels = mu.cpu(), data.test.labels.cpu()
-    (study / "explorer.html").unlink(missing_ok=True)  # that of another decoder
-    page = explorer(model, mu, prototypes, originals)
-    if page is not None:
-        common.save(study / "explorer.html", page)
+    rows = [originals, model.decode(model.encode(originals)[0]), model.decode(means)]
+    row_names = ["test image", "decoded mu", "decoded mean\nof the class"]
     return {
-        "losses": plot_losses(study / run["folder"] / "losses.csv", run["best_epoch"]),
-        "reconstructions": common.image_grid(rows, ["original", "decoded mu", "prototype"], names),
-        "latent_pairs": plot_latent_pairs(mu, labels, dimensions, prototypes.cpu()),
-        "interpolations": plot_interpolations(model, prototypes),
-        "samples": common.image_grid(model.decode(noise).view(5, 10, 1, 28, 28)),
+        "losses": common.plot_losses(study / run["folder"] / "losses.csv", run["best_epoch"]),
+        "reconstructions": common.image_grid(torch.stack(rows), row_names, names),
+        "interpolations": plot_interpolations(model, means),
+        "interpolation_distances": plot_distances(model, data, run["test"]),
+        "samples": common.image_grid(sample(model, 50).view(5, 10, 1, 28, 28)),
+        "kl_dimensions": plot_kl(run["kl_dimensions"]),
+        "latent_pairs": plot_latent_pairs(model, data, run["kl_dimensions"], means.cpu()),
     }
 
 
@@ -341,7 +321,7 @@ def main(argv=None):
     metrics = common.read_runs(runs, args)
     if metrics is None:
         return
-    model = load(study / metrics[0]["folder"] / "model.pt").to(args.device)
+    model = load(study / metrics[0]["folder"]).to(args.device)
     figures = plot(model, data, metrics[0], study)
     common.save_study(study, summarize(metrics, data), metrics, figures, args)
 
