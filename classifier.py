@@ -27,7 +27,12 @@ STYLE = {  # of the curves, by strategy
     "frozen": ("s--", common.COLORS[1]),
 }
 # The differences in the summary: of which accuracy, to which strategy.
-COMPARED = [("accuracy", "scratch"), ("first_val_accuracy", "scratch"), ("accuracy", "frozen")]
+COMPARED = [
+    ("accuracy", "scratch"),
+    ("val_accuracy", "scratch"),
+    ("first_val_accuracy", "scratch"),
+    ("accuracy", "frozen"),
+]
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,8 @@ def plot_differences(runs):
                 axes.plot([x + shift - 0.1] * len(values), values, ".", color=color)
                 label = None  # one entry in the legend
     axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
-    axes.set(xlabel="labelled images", ylabel="difference in test accuracy")
+    axes.set(xlabel="labelled images", xlim=(-0.5, len(counts) - 0.5))
+    axes.set_ylabel("difference in test accuracy")
     axes.legend(title="dots: seeds; bars: mean, 95% interval")
     return figure
 

@@ -662,14 +662,16 @@ def summarize(runs, names):
 
 
 def format_cell(row, name):
-    """A value with four significant digits, then its standard deviation. A difference of two
-    metrics has its 95% interval in brackets instead."""
+    """A mean with four significant digits, then its standard deviation. A difference has three
+    digits, and its 95% interval in brackets."""
     value = row[name]
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int):
         return f"{value:,}"
-    text = f"{value:#.4g}" if name.endswith("_mean") else f"{value:.4g}"
+    text = f"{value:.4g}"
+    if name.endswith("_mean"):  # zeros at the end are digits too
+        text = f"{value:#.3g}" if "_minus_" in name else f"{value:#.4g}"
     metric = name.removesuffix("_mean")
     std, ci = row.get(f"{metric}_std"), row.get(f"{metric}_ci")
     decimals = len(text.partition(".")[2])

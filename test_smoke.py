@@ -1195,10 +1195,10 @@ def test_a_table_shows_four_digits_and_deviations_or_intervals_with_the_same_dec
     first |= {"loss_ci": 0.1, "a_minus_b_mean": None, "a_minus_b_std": None, "a_minus_b_ci": None}
     second |= {"loss_ci": None, "a_minus_b_mean": 0.5, "a_minus_b_std": 7.0, "a_minus_b_ci": 0.75}
     assert common.format_table([first, second]).splitlines() == [
-        "| size  | kind | loss              | a_minus_b                |",
-        "| ----- | ---- | ----------------- | ------------------------ |",
-        "| 1,234 | a    | 0.07457 ± 0.00012 |                          |",
-        "| 5     | bb   | 12.35             | 0.5000 [-0.2500, 1.2500] |",
+        "| size  | kind | loss              | a_minus_b             |",
+        "| ----- | ---- | ----------------- | --------------------- |",
+        "| 1,234 | a    | 0.07457 ± 0.00012 |                       |",
+        "| 5     | bb   | 12.35             | 0.500 [-0.250, 1.250] |",
     ]
     assert common.format_table([first]).splitlines() == [  # one setting: a line a metric
         "| metric    | value             |",
@@ -2138,7 +2138,7 @@ def test_differences_between_strategies_are_paired_by_seed():
     assert finetune["first_val_accuracy_minus_scratch_mean"] == pytest.approx(-0.1)
     for row in (scratch, frozen):  # no scratch run has as few labels as the frozen one
         names = [name for name in row if "_minus_" in name]
-        assert len(names) == 9 and all(row[name] is None for name in names)
+        assert len(names) == 12 and all(row[name] is None for name in names)
     assert finetune["accuracy_minus_frozen_mean"] is None
     assert [row["n"] for row in (frozen, finetune, scratch)] == [1, 2, 2]
     assert (scratch["labels"], scratch["strategy"]) == (10, "scratch")
