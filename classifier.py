@@ -41,9 +41,9 @@ class Config(common.Config):
     batch_size: int = 128
     lr: float = 4e-3
     weight_decay: float = 0.05
-    label_smoothing: float = common.option(0.05, "label smoothing", low=0, high=1)
+    label_smoothing: float = common.option(0.05, "label smoothing in training", low=0, high=1)
     dropout: float = common.option(0.3, "dropout before the last layer", low=0, high=1)
-    epoch_images: int = common.option(5000, "images in an epoch, at least", low=1)
+    epoch_images: int = common.option(5000, "least images in an epoch: fewer are repeated", low=1)
     latent: int = common.option(32, "latent dimensions of the autoencoder", low=1, high=4096)
     strategy: str = None  # one of --strategies
     labels: int = None  # one of --labels
@@ -285,11 +285,12 @@ def main(argv=None):
     parser = common.make_parser(__doc__, Config)
     parser.set_defaults(seeds=3)
     add = parser.add_argument
-    add("--strategies", nargs="+", choices=list(STYLE), default=list(STYLE), help="(default: all)")
+    text = "what to do with the encoder's initial weights (default: all three)"
+    add("--strategies", nargs="+", choices=list(STYLE), default=list(STYLE), help=text)
     kind, default = common.number(int, 10, 50_000), [50_000, 10_000, 1000, 100]
     text = "labelled training images, runs of each count (default: %(default)s)"
     add("--labels", type=kind, nargs="+", default=default, metavar="N", help=text)
-    text = "a model.pt, or a study's folder with one of each seed (default: OUT/conv_ae)"
+    text = "an autoencoder's model.pt, or a folder with one for each seed (default: OUT/conv_ae)"
     add("--encoder", type=Path, metavar="PATH", help=text)
     args = common.parse_args(parser, Config, argv)
 

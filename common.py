@@ -47,17 +47,19 @@ def option(default, help, low, high=1_000_000):
 class Config:
     """All that decides what a run computes. An `option` is also a flag; scripts set the others."""
 
-    epochs: int = option(16, "epochs at most", low=1, high=99_999)
-    batch_size: int = option(128, "images in a step", low=1)
+    epochs: int = option(16, "most epochs to train", low=1, high=99_999)
+    batch_size: int = option(128, "most images in a training step", low=1)
     lr: float = option(4e-3, "peak learning rate", low=1e-8, high=10)
-    weight_decay: float = option(0.0, "weight decay", low=0, high=1000)
-    warmup: float = option(0.05, "share of the steps in which the rate rises", low=0, high=1)
-    constant_steps: int = option(2000, "the learning rate falls from this step on", low=0)
+    weight_decay: float = option(0.0, "weight decay of AdamW", low=0, high=1000)
+    warmup: float = option(
+        0.05, "share of the steps in which the rate rises to its peak", low=0, high=1
+    )
+    constant_steps: int = option(2000, "last step at the peak rate, at most half of all", low=0)
     ema_decay: float = option(0.998, "share of the EMA weights that a step keeps", low=0, high=1)
     val_every: int = option(1, "epochs from one validation to the next", low=1)
-    patience: int = option(0, "epochs without progress until training stops; 0: never", low=0)
-    min_delta: float = option(1e-3, "fall of the validation loss that is progress", low=0)
-    seed: int = option(0, "seed of weights, batches and noise", low=0, high=42_948)
+    patience: int = option(0, "epochs without progress after which to stop; 0: never", low=0)
+    min_delta: float = option(1e-3, "least fall of the validation loss that is progress", low=0)
+    seed: int = option(0, "seed of initial weights, batches and noise", low=0, high=42_948)
 
 
 def options(config_class):
@@ -92,14 +94,15 @@ def make_parser(doc, config_class):
         kind = number(item.type, about["low"], about["high"])
         text = about["help"] + " (default: %(default)s)"
         add(flag, type=kind, default=item.default, metavar=item.type.__name__.upper(), help=text)
-    text = "runs of each setting, with the seeds from --seed on (default: %(default)s)"
+    text = "number of runs of each setting, with the seeds from --seed on (default: %(default)s)"
     add("--seeds", type=number(int, 1, 1000), default=1, metavar="N", help=text)
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    text = "where to train; auto: on a GPU where there is one (default: %(default)s)"
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     add("--data", type=Path, default="data", help="folder of the dataset (default: %(default)s)")
     add("--out", type=Path, default="results", help="folder of the results (default: %(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on where this command stopped")
-    mode.add_argument("--eval", action="store_true", help="only evaluate the saved weights again")
+    mode.add_argument("--eval", action="store_true", help="only check the saved weights")
     return parser
 
 
