@@ -680,6 +680,8 @@ def format_cell(row, name):
     decimals = len(text.partition(".")[2])
     if std is None:
         return text
+    if "e" in text:  # too large or small for decimals
+        return f"{text} ± {std:.2g}"
     if "_minus_" in name:
         return f"{text} [{value - ci:.{decimals}f}, {value + ci:.{decimals}f}]"
     return f"{text} ± {std:.{decimals}f}"

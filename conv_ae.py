@@ -1,7 +1,7 @@
 """How does the size of the latent space of a convolutional autoencoder (Hinton & Salakhutdinov,
 2006) trade against its error?
 
-    python conv_ae.py --epochs 16     # 32 dimensions: 0.408 of PCA's error (n=3)
+    python conv_ae.py --seeds 5    # 32 dimensions: 0.435 of PCA's error (n=5)
 """
 
 from dataclasses import dataclass, replace

@@ -2202,19 +2202,43 @@ def test_an_encoder_that_is_missing_damaged_or_of_another_size_is_named(
 
 
 def test_the_readmes_example_study_and_its_use_of_weights_run(
-    studies, flags, tmp_path, monkeypatch
+    studies, dataset, flags, tmp_path, monkeypatch
 ):
     text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
     example, use = re.findall("```python\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "denoise.py").write_text(example, encoding="utf-8")
+    (tmp_path / "beta_vae.py").write_text(example, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    denoise = importlib.import_module("denoise")
-    denoise.main([*flags, "--epochs", "1", "--seeds", "2", "--noises", "0", "0.3"])
-    summary = metrics(tmp_path / "out" / "denoise")["summary"]
-    assert [(row["noise"], row["n"]) for row in summary] == [(0, 2), (0.3, 2)]
-    assert (tmp_path / "out" / "denoise" / "accuracy_by_noise.png").exists()
+    beta_vae = importlib.import_module("beta_vae")
+    beta_vae.main([*flags, "--epochs", "1", "--seeds", "2", "--alphas", "0", "0.3"])
+    summary = metrics(tmp_path / "out" / "beta_vae")["summary"]
+    assert [(row["alpha"], row["n"]) for row in summary] == [(0, 2), (0.3, 2)]
+    assert (tmp_path / "out" / "beta_vae" / "recon_by_kl.png").exists()
     shutil.copytree(studies.out, tmp_path / "results")
+    shutil.copytree(dataset, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(use, names)
-    assert names["images"].shape == (10, 1, 28, 28) and names["mu"].shape == (10, 8)
+    exec(use.replace("labels50000", "labels200"), names)
+    assert names["grid"].shape == (25, 1, 28, 28) and names["vectors"].shape == (10, 32)
+    assert len(names["names"]) == 10 and set(names["names"]) <= set(common.CLASSES)
+
+
+def test_each_number_in_the_readme_is_in_a_report_that_its_section_links_to():
+    root = Path(__file__).parent
+    sections = (root / "README.md").read_text(encoding="utf-8").split("\n## ")
+    linked = [re.findall(r"\]\((results/\S+/README\.md)\)", section) for section in sections]
+    linked[0] = [path for paths in linked for path in paths]  # the first screen quotes them all
+    checked = 0
+    for section, paths in zip(sections[:4], linked):
+        known = set()
+        for path in paths:
+            known |= set(re.findall(r"-?\d+\.\d+", (root / path).read_text(encoding="utf-8")))
+        prose = re.sub("`[^`]*`", "", section)
+        for number in re.findall(r"-?\d+\.\d{3,}", prose):
+            if number not in NOT_IN_A_REPORT:
+                assert number in known, number
+                checked += 1
+    assert checked > 50
+
+
+# The reference result, alpha and min delta, and what seed 0's metrics.json has ("loss_std").
+NOT_IN_A_REPORT = {"0.08380", "0.001", "0.00004", "0.00026"}
