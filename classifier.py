@@ -171,37 +171,39 @@ def evaluate(model, data):
 
 
 def accuracies(runs):
-    """Lists of the runs' accuracies by name. "val" is of the weights that are kept; "first_val" of
-    the first validation, after epoch 1 if none is left out."""
-    names = defaultdict(list)
-    for run in runs:
-        val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
-        names["accuracy"].append(run["test"]["accuracy"])
-        names["val_accuracy"].append(val[run["best_epoch"]])
-        names["first_val_accuracy"].append(val[min(val)])
-    return names
+    """{setting: {name: a list, one a seed}}. "val_accuracy" is of the weights that are kept;
+    "first_val_accuracy" of the first validation, after epoch 1 if none is left out."""
+    measured = {}
+    for setting, same in common.group(runs, ["labels", "strategy"]).items():
+        names = defaultdict(list)
+        for run in same:
+            val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
+            names["accuracy"].append(run["test"]["accuracy"])
+            names["val_accuracy"].append(val[run["best_epoch"]])
+            names["first_val_accuracy"].append(val[min(val)])
+        measured[setting] = names
+    return measured
 
 
-def differences(groups, labels, strategy, base, name):
+def differences(measured, labels, strategy, base, name):
     """The accuracy `name` of `strategy` minus that of `base`, one a seed. [] without such runs."""
-    if strategy == base:
+    own, other = measured.get((labels, strategy)), measured.get((labels, base))
+    if strategy == base or not own or not other:
         return []
-    own = accuracies(groups.get((labels, strategy), []))[name]
-    others = accuracies(groups.get((labels, base), []))[name]
-    return [accuracy - other for accuracy, other in zip(own, others)]  # the same seeds, in order
+    return [first - second for first, second in zip(own[name], other[name])]  # seed by seed
 
 
 def summarize(runs):
     """A row per label count and strategy: the metrics over the seeds, and the differences to the
     other strategies, paired by seed."""
     summary = common.summarize(runs, ["labels", "strategy"])
-    groups = common.group(runs, ["labels", "strategy"])
+    measured = accuracies(runs)
     for row in summary:
         setting = row["labels"], row["strategy"]
         for name in ("val_accuracy", "first_val_accuracy"):
-            row |= common.mean_std_ci(name, accuracies(groups[setting])[name])
+            row |= common.mean_std_ci(name, measured[setting][name])
         for name, base in COMPARED:
-            values = differences(groups, *setting, base, name)
+            values = differences(measured, *setting, base, name)
             row |= common.mean_std_ci(f"{name}_minus_{base}", values or [None])
     return summary
 
@@ -235,15 +237,15 @@ def plot_learning_curves(runs):
 
 def plot_differences(runs):
     """Test accuracy minus that of `scratch`: a dot a seed, beside the mean and its 95% interval."""
-    groups = common.group(runs, ["labels", "strategy"])
-    counts = sorted({labels for labels, _ in groups})
+    measured = accuracies(runs)
+    counts = sorted({labels for labels, _ in measured})
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.axhline(0, color="black", linewidth=1)
     for strategy, shift in (("finetune", -0.15), ("frozen", 0.15)):
         (marker, *_), color = STYLE[strategy]
         label = f"{strategy} minus scratch"
         for x, labels in enumerate(counts):
-            values = differences(groups, labels, strategy, "scratch", "accuracy")
+            values = differences(measured, labels, strategy, "scratch", "accuracy")
             if values:
                 bar = common.mean_std_ci("y", values)
                 style = {"fmt": marker, "color": color, "capsize": 4, "label": label}

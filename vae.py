@@ -125,7 +125,8 @@ def evaluate(model, data):
     test["loss_unbounded"] = common.test_loop(model, data.test)["loss"]
     free_mu, free_logvar = model.encode(images)
     model.bounded = True
-    test["images_at_bound"] = ((free_mu != mu) | (free_logvar != logvar)).any(1).sum().item()
+    at_bound = (free_mu != mu) | (free_logvar != logvar)
+    test["images_at_bound"] = at_bound.any(1).sum().item()
     train_mu, _ = model.encode(data.train.images)
     predicted = common.knn(train_mu, data.train.labels, mu)
     test["latent_knn_accuracy"] = common.accuracy(predicted, labels)
@@ -141,11 +142,11 @@ def decode_lines(model, data):
     """Nine equally spaced points, decoded, on the lines between the mu of 2,000 pairs of test
     images of different classes, (9, 2000, 1, 28, 28). The pairs are the same for every model."""
     mu, _ = model.encode(data.test.images)
-    labels = data.test.labels.cpu()
-    pairs = torch.randint(len(mu), (3000, 2), generator=torch.Generator().manual_seed(0))
-    pairs = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]][:2000].to(mu.device)
-    start, end = mu[pairs[:, 0]], mu[pairs[:, 1]]
-    return torch.stack([model.decode(torch.lerp(start, end, i / 8)) for i in range(9)])
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randint(len(mu), (3000, 2), generator=generator).T
+    differ = (data.test.labels[first] != data.test.labels[second]).cpu()
+    start, end = mu[first[differ][:2000]], mu[second[differ][:2000]]
+    return torch.stack([model.decode(start.lerp(end, i / 8)) for i in range(9)])
 
 
 def measure_lines(model, data):
@@ -168,15 +169,9 @@ def measure_lines(model, data):
 
 def sample(model, count):
     """Decoded samples of the prior (count, 1, 28, 28), the same latent vectors every time."""
-    noise = torch.randn(count, model.mu.out_features, generator=torch.Generator().manual_seed(0))
-    return model.decode(noise.to(model.mu.weight.device))
-
-
-def summarize(runs, data):
-    """One row: the test metrics over the seeds, beside what needs no VAE."""
-    (row,) = common.summarize(runs, [])
-    latent = runs[0]["config"]["latent"]
-    return [{**row, **common.baselines(data, [latent])[latent]}]
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(count, model.mu.out_features, generator=generator)
+    return model.decode(z.to(model.mu.weight.device))
 
 
 # figures ------------------------------------------------------------------------------------------
@@ -184,10 +179,10 @@ def summarize(runs, data):
 
 def plot_kl(kl):
     """The mean KL of each latent dimension, the largest first."""
-    order = sorted(range(len(kl)), key=lambda i: -kl[i])
+    values, order = torch.tensor(kl).sort(descending=True)
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    axes.bar(range(len(kl)), [kl[i] for i in order])
-    axes.set_xticks(range(len(kl)), [i + 1 for i in order])
+    axes.bar(range(len(kl)), values.tolist())
+    axes.set_xticks(range(len(kl)), (order + 1).tolist())
     axes.set(xlabel="latent dimension", ylabel="mean KL of the\ntest images (nats)")
     return figure
 
@@ -197,7 +192,8 @@ def plot_distances(model, data, test):
     line, train = decode_lines(model, data)[:, :500], data.train.images
     positions = [i / 8 for i in range(9)]
     latent = [common.nearest_mse(images, train) for images in line]
-    pixels = [common.nearest_mse(torch.lerp(line[0], line[8], t), train) for t in positions]
+    blends = [line[0].lerp(line[8], position) for position in positions]
+    pixels = [common.nearest_mse(images, train) for images in blends]
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(positions, pixels, "s--", color=common.COLORS[8], label="blended in pixels")
     axes.axhline(test["nearest_sample"], color="black", linestyle=":", label="samples of the prior")
@@ -213,10 +209,10 @@ def plot_latent_pairs(model, data, kl, means):
     most 8, coloured by class. A circled number is the mean of a class."""
     dimensions = torch.tensor(kl).argsort(descending=True)[:8].tolist()
     size = max(1, len(dimensions) - 1)
-    figure, grid = plt.subplots(size, size, figsize=2 * [max(5, 1.45 * size)], squeeze=False)
+    figure, grid = plt.subplots(size, size, figsize=(10, 10), squeeze=False)
     points = model.encode(data.test.images[:3000])[0].cpu()
     colors = [common.COLORS[label] for label in data.test.labels[:3000].tolist()]
-    limit = points.abs().quantile(0.999).item()
+    end = points.abs().quantile(0.999).item()
     for row, y in enumerate(dimensions[1:] or dimensions):
         for column, x in enumerate(dimensions[:size]):
             axes = grid[row, column]
@@ -228,8 +224,7 @@ def plot_latent_pairs(model, data, kl, means):
                 box = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": common.COLORS[label]}
                 place = {"ha": "center", "va": "center", "fontsize": 7, "bbox": box}
                 axes.text(mean[x], mean[y], label, **place)
-            axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
-            axes.set(xlabel=f"$\\mu_{{{x + 1}}}$", ylabel=f"$\\mu_{{{y + 1}}}$")
+            axes.set(xlim=(-end, end), ylim=(-end, end), xlabel=f"mu {x + 1}", ylabel=f"mu {y + 1}")
             axes.label_outer()
     names = [f"{label}  {name}" for label, name in enumerate(common.CLASSES)]
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in common.COLORS]
@@ -249,9 +244,9 @@ def plot_interpolations(model, means):
     return common.image_grid(torch.stack(rows), names)
 
 
-def save_explorer(path, model, data, means):
-    """Writes explorer.html with its data filled in: the decoder, where the test images lie, the
-    classes' means and an image of each. None where the page can't compute the decoder."""
+def save_explorer(path, model, data, means, plane):
+    """Writes explorer.html with its data filled in: the decoder, the latent vectors of test images,
+    the classes' means and the map's plane. Says so where the page can't compute the decoder."""
     path.unlink(missing_ok=True)  # that of another decoder
     layers, weights = [], []
     for layer in model.decoder:
@@ -267,7 +262,6 @@ def save_explorer(path, model, data, means):
     mu, logvar = model.encode(data.test.images)
     images, _ = common.one_of_each_class(data.test)
     image_mu, image_logvar = model.encode(images)
-    plane = common.discriminant_plane(model.encode(data.train.images)[0], data.train.labels)
     content = {
         "layers": layers,
         "weights": base64.b64encode(torch.cat(weights).cpu().numpy()).decode(),
@@ -292,24 +286,28 @@ def save_explorer(path, model, data, means):
 def plot(model, data, run, study):
     """The figures {name: figure} of a run and, in the folder `study`, explorer.html."""
     # Prototypes of the classes are the means of their mu (as in Snell et al., 2017).
-    means = common.class_means(model.encode(data.train.images)[0], data.train.labels)
-    save_explorer(study / "explorer.html", model, data, means)
-    originals, names = common.one_of_each_class(data.test)
-    rows = [originals, model.decode(model.encode(originals)[0]), model.decode(means)]
+    train_mu, _ = model.encode(data.train.images)
+    means = common.class_means(train_mu, data.train.labels)
+    plane = common.discriminant_plane(train_mu, data.train.labels)
+    save_explorer(study / "explorer.html", model, data, means, plane)
+    images, names = common.one_of_each_class(data.test)
+    mu, _ = model.encode(images)
+    rows = torch.stack([images, model.decode(mu), model.decode(means)])
     row_names = ["test image", "decoded mu", "decoded mean\nof the class"]
     return {
         "losses": common.plot_losses(study / run["folder"] / "losses.csv", run["best_epoch"]),
-        "reconstructions": common.image_grid(torch.stack(rows), row_names, names),
+        "reconstructions": common.image_grid(rows, row_names, names),
         "interpolations": plot_interpolations(model, means),
         "interpolation_distances": plot_distances(model, data, run["test"]),
-        "samples": common.image_grid(sample(model, 50).view(5, 10, 1, 28, 28)),
+        "samples": common.image_grid(sample(model, 50).unflatten(0, (5, 10))),
         "kl_dimensions": plot_kl(run["kl_dimensions"]),
         "latent_pairs": plot_latent_pairs(model, data, run["kl_dimensions"], means.cpu()),
     }
 
 
 def main(argv=None):
-    args = common.parse_args(common.make_parser(__doc__, Config), Config, argv)
+    parser = common.make_parser(__doc__, Config)
+    args = common.parse_args(parser, Config, argv)
     data = common.load_data(args.data, args.device)
     study = args.out / "vae"
     runs = {study / f"seed{seed}": replace(args.config, seed=seed) for seed in args.seeds}
@@ -323,7 +321,9 @@ def main(argv=None):
         return
     model = load(study / metrics[0]["folder"]).to(args.device)
     figures = plot(model, data, metrics[0], study)
-    common.save_study(study, summarize(metrics, data), metrics, figures, args)
+    (row,) = common.summarize(metrics, [])
+    row |= common.baselines(data, [args.latent])[args.latent]  # what needs no VAE
+    common.save_study(study, [row], metrics, figures, args)
 
 
 if __name__ == "__main__":
