@@ -197,12 +197,12 @@ def fetch(raw, names):
             save(raw / name, read_genuine(source / f"{name}.gz"))
 
 
-def load_data(folder, device):
+def load_data(folder="data", device="cpu"):
     """Fashion-MNIST (Xiao et al., 2017) on `device`. All scripts and seeds validate on the same
     images: an encoder must not have seen another script's validation images."""
     from torchvision.datasets import mnist  # not at the top: --help would wait for it
 
-    raw = folder / "FashionMNIST" / "raw"
+    raw = Path(folder) / "FashionMNIST" / "raw"
     missing = [name for name in SHA256 if not (raw / name).exists()]
     if missing:
         fetch(raw, missing)
@@ -665,34 +665,37 @@ def summarize(runs, names):
 
 
 def format_cell(row, name):
-    """A mean with four significant digits, then its standard deviation. A difference has three
-    digits, and its 95% interval in brackets."""
+    """A mean with four significant digits, then its standard deviation. A difference has its 95%
+    interval in brackets, and as many decimals as give two digits of the interval's half width."""
     value = row[name]
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int):
         return f"{value:,}"
-    text = f"{value:.4g}"
-    if name.endswith("_mean"):  # zeros at the end are digits too
-        text = f"{value:#.3g}" if "_minus_" in name else f"{value:#.4g}"
     metric = name.removesuffix("_mean")
     std, ci = row.get(f"{metric}_std"), row.get(f"{metric}_ci")
-    decimals = len(text.partition(".")[2])
+    if "_minus_" in name and ci:
+        decimals = max(0, 1 - math.floor(math.log10(ci)))
+        mean, low, high = (f"{x:.{decimals}f}" for x in (value, value - ci, value + ci))
+        return f"{mean} [{low}, {high}]"
+    text = f"{value:.4g}"
+    if name.endswith("_mean"):  # zeros at the end are digits too
+        text = f"{value:#.4g}"
     if std is None:
         return text
     if "e" in text:  # too large or small for decimals
         return f"{text} ± {std:.2g}"
-    if "_minus_" in name:
-        return f"{text} [{value - ci:.{decimals}f}, {value + ci:.{decimals}f}]"
+    decimals = len(text.partition(".")[2])
     return f"{text} ± {std:.{decimals}f}"
 
 
 def format_table(summary):
-    """A summary as a Markdown table, a column a name. A single row is turned: a line a name."""
+    """A summary as a Markdown table, a column a name, without empty columns. A single row is
+    turned: a line a name."""
     columns = []
     for name in summary[0]:
-        if not name.endswith(("_std", "_ci")):
-            cells = [format_cell(row, name) for row in summary]
+        cells = [format_cell(row, name) for row in summary]
+        if any(cells) and not name.endswith(("_std", "_ci")):
             columns.append([name.removesuffix("_mean"), *cells])
     if len(summary) == 1:
         columns = list(zip(("metric", "value"), *columns))
