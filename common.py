@@ -106,7 +106,7 @@ def make_parser(doc, config_class):
     return parser
 
 
-def parse_args(parser, config_class, argv):
+def parse_args(parser, config_class, argv=None):
     """The flags, with `config` made of the hyperparameters, `device` a torch.device, `seeds` a
     range and `command` what was typed. A bad value ends in argparse's message and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv

@@ -2242,8 +2242,7 @@ def test_the_readmes_example_study_and_its_use_of_weights_run(
     shutil.copytree(studies.out, tmp_path / "results")
     shutil.copytree(dataset, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    names = {"classifier": classifier, "common": common, "conv_ae": conv_ae, "vae": vae}
-    names["torch"] = torch
+    names = {}
     exec(use.replace("labels50000", "labels200"), names)
     assert names["grid"].shape == (25, 1, 28, 28) and names["vectors"].shape == (10, 32)
     assert len(names["names"]) == 10 and set(names["names"]) <= set(common.CLASSES)
