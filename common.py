@@ -412,7 +412,7 @@ def class_means(vectors, labels):
 
 
 def baselines(data, sizes):
-    """What needs no network, {size: metrics}: the test error of PCA, the best linear autoencoder
+    """What needs no network, {size: metrics}: the test errors of PCA, the best linear autoencoder
     (Baldi & Hornik, 1989), the 10-NN accuracy on its components, and that on the pixels."""
     (train, train_labels), (test, test_labels) = data.train, data.test
     train, test = train.flatten(1), test.flatten(1)
@@ -427,6 +427,7 @@ def baselines(data, sizes):
         predicted = knn(index.float(), train_labels.cpu(), queries.float())
         metrics[size] = {
             "pca_mse": F.mse_loss(queries @ basis.T, test).item(),
+            "pca_l1": F.l1_loss(queries @ basis.T, test).item(),
             "pca_knn_accuracy": accuracy(predicted, test_labels.cpu()),
             "pixel_knn_accuracy": pixel_knn,
         }

@@ -837,7 +837,7 @@ TEST_KEYS = {
     vae: {
         *("loss", "recon", "kl", "kl_max", "loss_unbounded", "images_at_bound"),
         *("latent_knn_accuracy", "nearest_reconstruction", "nearest_midpoint", "nearest_blend"),
-        *("nearest_sample", "step_ratio"),
+        *("nearest_sample", "nearest_test_image", "step_ratio"),
     },
     conv_ae: {"loss", "mse", "l1", "latent_knn_accuracy"},
     classifier: {"loss", "accuracy"},
@@ -1668,6 +1668,7 @@ def test_what_lies_between_two_images_is_measured_beside_a_blend_in_pixels():
     samples = torch.randn(100_000, 1).clamp(0, 1).square()
     nearest = (samples - grays).square().amin(1).mean().item()
     assert found["nearest_sample"] == pytest.approx(nearest, rel=0.2)
+    assert found["nearest_test_image"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_vaes_summary_sets_it_beside_the_baselines(studies, data):
@@ -1859,7 +1860,8 @@ def test_pca_is_that_of_a_direct_svd_and_the_summary_sets_it_beside_each_size():
     mean = train.mean(0)
     basis = torch.linalg.svd(train - mean, full_matrices=False).Vh[:5]
     centred = test - mean
-    expected = (centred - centred @ basis.T @ basis).square().mean().item()
+    errors = centred - centred @ basis.T @ basis
+    expected = errors.square().mean().item()
     index, queries = (train - mean) @ basis.T, centred @ basis.T
     neighbours = vote(index, data.train.labels, queries, data.test.labels)
     runs = []
@@ -1868,6 +1870,7 @@ def test_pca_is_that_of_a_direct_svd_and_the_summary_sets_it_beside_each_size():
         runs.append(fake_run(test_metrics, latent=size))
     five, large = conv_ae.summarize(runs, data)
     assert five["pca_mse"] == pytest.approx(expected)
+    assert five["pca_l1"] == pytest.approx(errors.abs().mean().item())
     assert five["ratio"] == pytest.approx(0.2 / expected)
     assert five["pca_knn_accuracy"] == pytest.approx(neighbours)
     assert (five["n"], five["mse_mean"], five["l1_mean"]) == (

@@ -151,8 +151,8 @@ def decode_lines(model, data):
 
 def measure_lines(model, data):
     """How far from a training image (`nearest_mse`) are the midpoints of `decode_lines`, beside
-    the ends, blends of the two ends in pixels, and samples of the prior? `step_ratio` is the
-    largest of the 8 steps over the mean step, as root mean squared changes of the pixels."""
+    the ends, blends of the two ends in pixels, samples of the prior, and genuine test images?
+    `step_ratio` is the largest of the 8 steps over the mean step, as root mean squared changes."""
     line, train = decode_lines(model, data), data.train.images
     midpoint = common.nearest_mse(line[4], train)
     blend = common.nearest_mse((line[0] + line[8]) / 2, train)
@@ -163,6 +163,7 @@ def measure_lines(model, data):
         "nearest_blend": blend,
         "midpoint_minus_blend": midpoint - blend,
         "nearest_sample": common.nearest_mse(sample(model, 2000), train),
+        "nearest_test_image": common.nearest_mse(data.test.images[:2000], train),
         "step_ratio": (steps.amax(0) / steps.mean(0)).mean().item(),
     }
 
@@ -192,13 +193,13 @@ def plot_distances(model, data, test):
     line, train = decode_lines(model, data)[:, :500], data.train.images
     positions = [i / 8 for i in range(9)]
     latent = [common.nearest_mse(images, train) for images in line]
-    blends = [line[0].lerp(line[8], position) for position in positions]
-    pixels = [common.nearest_mse(images, train) for images in blends]
+    pixels = [common.nearest_mse(line[0].lerp(line[8], t), train) for t in positions]
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(positions, pixels, "s--", color=common.COLORS[8], label="blended in pixels")
+    axes.axhline(test["nearest_test_image"], color="black", linestyle="-.", label="test images")
     axes.axhline(test["nearest_sample"], color="black", linestyle=":", label="samples of the prior")
     axes.plot(positions, latent, "o-", label="blended in the latent space, then decoded")
-    axes.set(xlabel="position between two test images of different classes", ylim=(0, None))
+    axes.set(xlabel="position between the reconstructions of two test images", ylim=(0, None))
     axes.set_ylabel("MSE to the nearest training image")
     axes.legend()
     return figure
@@ -293,10 +294,9 @@ def plot(model, data, run, study):
     images, names = common.one_of_each_class(data.test)
     mu, _ = model.encode(images)
     rows = torch.stack([images, model.decode(mu), model.decode(means)])
-    row_names = ["test image", "decoded mu", "decoded mean\nof the class"]
     return {
         "losses": common.plot_losses(study / run["folder"] / "losses.csv", run["best_epoch"]),
-        "reconstructions": common.image_grid(rows, row_names, names),
+        "reconstructions": common.image_grid(rows, ["test image", "decoded", "class mean"], names),
         "interpolations": plot_interpolations(model, means),
         "interpolation_distances": plot_distances(model, data, run["test"]),
         "samples": common.image_grid(sample(model, 50).unflatten(0, (5, 10))),
