@@ -117,7 +117,7 @@ def load(folder):
     path = Path(folder) / "model.pt"
     model = Classifier(Config(**common.read(path)["config"]))
     common.read(path, model=model)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 # data ---------------------------------------------------------------------------------------------
@@ -239,23 +239,21 @@ def plot_differences(runs):
     """Test accuracy minus that of `scratch`: a dot a seed, beside the mean and its 95% interval."""
     measured = accuracies(runs)
     counts = sorted({labels for labels, _ in measured})
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.axhline(0, color="black", linewidth=1)
-    for strategy, shift in (("finetune", -0.15), ("frozen", 0.15)):
-        (marker, *_), color = STYLE[strategy]
-        label = f"{strategy} minus scratch"
+    strategies = sorted({strategy for _, strategy in measured} - {"scratch"})
+    size = (4.5 * len(strategies), 4)
+    figure, panels = plt.subplots(1, len(strategies), figsize=size, squeeze=False)
+    for strategy, axes in zip(strategies, panels[0]):
+        axes.axhline(0, color="black", linewidth=1)
+        color = STYLE[strategy][1]
         for x, labels in enumerate(counts):
             values = differences(measured, labels, strategy, "scratch", "accuracy")
             if values:
                 bar = common.mean_std_ci("y", values)
-                style = {"fmt": marker, "color": color, "capsize": 4, "label": label}
-                axes.errorbar(x + shift, bar["y_mean"], bar["y_ci"], **style)
-                axes.plot([x + shift - 0.1] * len(values), values, ".", color=color)
-                label = None  # one entry in the legend
-    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
-    axes.set(xlabel="labelled images", xlim=(-0.5, len(counts) - 0.5))
-    axes.set_ylabel("difference in test accuracy")
-    axes.legend(title="dots: seeds; bars: mean, 95% interval")
+                axes.errorbar(x, bar["y_mean"], bar["y_ci"], fmt="s", color=color, capsize=4)
+                axes.plot([x - 0.15] * len(values), values, ".", color=color)
+        axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+        axes.set(xlabel="labelled images", title=f"{strategy} minus scratch")
+    panels[0][0].set_ylabel("difference in test accuracy\n(dots: seeds; bars: mean, 95% interval)")
     return figure
 
 

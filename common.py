@@ -746,21 +746,24 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
 
 
 def plot_losses(path, best_epoch):
-    """The losses in a losses.csv, with the epoch marked whose weights are kept."""
+    """The losses in a losses.csv from the first validation on, with the epoch marked whose weights
+    are kept. The training losses before, far above, would flatten the rest."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     train = {int(row["epoch"]): float(row["train_loss"]) for row in rows}
     val = {int(row["epoch"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
+    epochs = [epoch for epoch in train if epoch >= min(val)]
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(train.keys(), train.values(), ".-", label="training (latest weights)")
+    losses = [train[epoch] for epoch in epochs]
+    axes.plot(epochs, losses, ".-", label="training (latest weights)")
     label, red = "validation (EMA weights)", COLORS[2]
     axes.plot(val.keys(), val.values(), "o-", markersize=3, color=red, label=label)
     label = f"kept: {val[best_epoch]:.4f}, epoch {best_epoch}"
     axes.plot(best_epoch, val[best_epoch], "*", markersize=14, color="black", label=label)
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.set(xlabel="epoch", ylabel="loss")
+    if epochs[0] > 1:
+        axes.set_xlabel(f"epoch (not shown: those before {epochs[0]}, from {train[1]:.3g} down)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     return figure
 

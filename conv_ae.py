@@ -126,7 +126,7 @@ def load(folder):
     path = Path(folder) / "model.pt"
     model = Autoencoder(common.read(path)["config"]["latent"])
     common.read(path, model=model)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 # evaluation ---------------------------------------------------------------------------------------
@@ -178,11 +178,11 @@ def plot_errors(summary, epochs):
     pca_knn = [row["pca_knn_accuracy"] for row in summary]
     classes.plot(sizes, pca_knn, "s--", color=gray, label="PCA's components")
     for row in compared:
-        below = {"xytext": (0, -18), "textcoords": "offset points", "ha": "center"}
+        below = {"xytext": (-4, -14), "textcoords": "offset points", "ha": "right"}
         errors.annotate(f"×{row['ratio']:.2f}", (row["latent"], row["mse_mean"]), **below)
     errors.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     errors.yaxis.set_major_formatter("{x:g}")
-    errors.margins(x=0.08, y=0.12)
+    errors.margins(x=0.2, y=0.12)
     errors.legend(title="×: error relative to PCA's", alignment="left")
 
     pixels = summary[0]["pixel_knn_accuracy"]

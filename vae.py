@@ -106,7 +106,7 @@ def load(folder):
     path = Path(folder) / "model.pt"
     model = VAE(Config(**common.read(path)["config"]))
     common.read(path, model=model)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 # evaluation ---------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def plot_distances(model, data, test):
 
 def plot_latent_pairs(model, data, kl, means):
     """The mu of the first 3,000 test images in all pairs of the dimensions with the largest KL, at
-    most 8, coloured by class. A circled number is the mean of a class."""
+    most 8, coloured by class. A circle is the mean of a class."""
     dimensions = torch.tensor(kl).argsort(descending=True)[:8].tolist()
     size = max(1, len(dimensions) - 1)
     figure, grid = plt.subplots(size, size, figsize=(10, 10), squeeze=False)
@@ -221,17 +221,13 @@ def plot_latent_pairs(model, data, kl, means):
                 axes.remove()
                 continue
             axes.scatter(points[:, x], points[:, y], s=1, c=colors, rasterized=True)
-            for label, mean in enumerate(means.tolist()):
-                box = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": common.COLORS[label]}
-                place = {"ha": "center", "va": "center", "fontsize": 7, "bbox": box}
-                axes.text(mean[x], mean[y], label, **place)
+            axes.scatter(means[:, x], means[:, y], s=45, c=common.COLORS, edgecolors="black")
             axes.set(xlim=(-end, end), ylim=(-end, end), xlabel=f"mu {x + 1}", ylabel=f"mu {y + 1}")
             axes.label_outer()
-    names = [f"{label}  {name}" for label, name in enumerate(common.CLASSES)]
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in common.COLORS]
     place = "upper right" if size > 4 else "outside right upper"
     title = f"{len(points):,} test images,\n{len(dimensions)} of {len(kl)} dimensions"
-    figure.legend(dots, names, loc=place, title=title)
+    figure.legend(dots, common.CLASSES, loc=place, title=f"{title},\ncircles: class means")
     return figure
 
 
