@@ -49,12 +49,10 @@ class Config:
 
     epochs: int = option(16, "most epochs to train", low=1, high=99_999)
     batch_size: int = option(128, "most images in a training step", low=1)
-    lr: float = option(4e-3, "peak learning rate", low=1e-8, high=10)
+    lr: float = option(4e-3, "learning rate between warm-up and decay", low=1e-8, high=10)
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0, high=1000)
-    warmup: float = option(
-        0.05, "share of the steps in which the rate rises to its peak", low=0, high=1
-    )
-    constant_steps: int = option(2000, "last step at the peak rate, at most half of all", low=0)
+    warmup: float = option(0.05, "share of the steps in which the rate rises", low=0, high=1)
+    constant_steps: int = option(2000, "step from which the rate falls, at most half of all", low=0)
     ema_decay: float = option(0.998, "share of the EMA weights that a step keeps", low=0, high=1)
     val_every: int = option(1, "epochs from one validation to the next", low=1)
     patience: int = option(0, "epochs without progress after which to stop; 0: never", low=0)
@@ -131,6 +129,8 @@ def parse_args(parser, config_class, argv=None):
         torch.cuda.set_device(RANK % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
     args.device = torch.device(name)
+    if args.seed + args.seeds > 42_949:  # train_loop's seeds would reach 2^32
+        parser.error("argument --seeds: the last seed is above 42,948")
     args.seeds = range(args.seed, args.seed + args.seeds)
     args.command = "".join(f" {shlex.quote(word)}" for word in argv if word != "--resume")
     plt.switch_backend("agg")  # figures go to files only
@@ -184,17 +184,17 @@ def fetch(raw, names):
     from torchvision.datasets import FashionMNIST
 
     with tempfile.TemporaryDirectory() as temporary:
-        source = DEBIAN
+        origin = DEBIAN
         if not DEBIAN.exists():
             print("data: downloading 30 MB", flush=True)
             try:
-                source = Path(FashionMNIST(temporary, download=True).raw_folder)
+                origin = Path(FashionMNIST(temporary, download=True).raw_folder)
             except Exception as error:  # of urllib, http, zlib, torchvision: a dozen types
                 advice = "go online, put it there or `apt-get install dataset-fashion-mnist`"
                 sys.exit(f"no {raw / names[0]} and no download ({error!r:.200}): {advice}")
-        print(f"data: unpacking {source}", flush=True)
+        print(f"data: unpacking {origin}", flush=True)
         for name in names:
-            save(raw / name, read_genuine(source / f"{name}.gz"))
+            save(raw / name, read_genuine(origin / f"{name}.gz"))
 
 
 def load_data(folder="data", device="cpu"):
@@ -245,7 +245,7 @@ def forward(model, x):
 
 def learning_rate(step, steps, config):
     """Linear warm-up, then constant, then linear decay to zero over at least half of the steps
-    (Hägele et al., 2024, arXiv:2405.18392)."""
+    (Hägele et al., 2024, arXiv:2405.18392). Where the two overlap, the lower rate counts."""
     decay_start = min(config.constant_steps, steps // 2)
     rising = (step + 1) / max(1, round(config.warmup * steps))
     falling = (steps - step) / (steps - decay_start)
@@ -479,8 +479,9 @@ def save(path, content):
 
 def read(path, **parts):
     """The content of a run's .json or .pt file. Each of `parts` loads the state of its name."""
+    path = Path(path)
     try:
-        if Path(path).suffix == ".json":
+        if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -536,11 +537,11 @@ def run(model, data, config, args, folder, evaluate):
         confirm(model, data, config, folder, evaluate)
         return
     code_hash = hash_code(model)
-    if is_complete(folder):
-        if args.resume:
-            check_origin(read(folder / "metrics.json"), config, folder, code_hash)
-            print(f"{folder.name}: complete", flush=True)
-            return
+    if args.resume and is_complete(folder):
+        check_origin(read(folder / "metrics.json"), config, folder, code_hash)
+        print(f"{folder.name}: complete", flush=True)
+        return
+    if not args.resume and any((folder / name).exists() for name in ("model.pt", "checkpoint.pt")):
         print(f"{folder}: this run will replace the one there; --resume keeps it", flush=True)
 
     history = train_loop(model, data, config, folder, code_hash, args.resume)
@@ -611,7 +612,7 @@ def share_out(runs, args):
 def read_runs(runs, args):
     """The metrics of the runs {folder: config}, with their folders' names. None with --eval and
     until all are complete: the process that completes the last one sums them up."""
-    if args.eval:
+    if args.eval or len(runs) <= RANK:  # torchrun has more processes than runs
         return None
     complete = []
     for folder, config in runs.items():
@@ -619,7 +620,7 @@ def read_runs(runs, args):
         if saved.get("config") == vars(config):
             complete.append({"folder": folder.name, **saved})
     codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
-    if len(complete) < len(runs) or len(codes) > 1 or len(runs) <= RANK:
+    if len(complete) < len(runs) or len(codes) > 1:
         print(
             f"no summary yet: complete {len(complete)} of {len(runs)}, code versions {len(codes)}"
         )
@@ -636,8 +637,8 @@ def mean_std_ci(name, values):
     deviation and the half width of the 95% t-interval of the mean."""
     mean = std = ci = None
     if None not in values:
-        mean = statistics.mean(values)
-    if mean is not None and len(values) > 1:
+        mean = float(statistics.mean(values))
+    if mean is not None and math.isfinite(mean) and len(values) > 1:
         std, freedom = statistics.stdev(values), len(values) - 1
         quantile = 1.96 + 2.4 / freedom + 2.8 / freedom**2  # within 0.005 from 10 on
         if freedom <= len(T_QUANTILES):
@@ -675,9 +676,12 @@ def format_cell(row, name):
         return f"{value:,}"
     metric = name.removesuffix("_mean")
     std, ci = row.get(f"{metric}_std"), row.get(f"{metric}_ci")
-    if "_minus_" in name and ci:
-        decimals = max(0, 1 - math.floor(math.log10(ci)))
-        mean, low, high = (f"{x:.{decimals}f}" for x in (value, value - ci, value + ci))
+    if "_minus_" in name and ci is not None:
+        decimals = 4  # where all seeds agree
+        if ci > 0:
+            decimals = max(0, 1 - math.floor(math.log10(ci)))
+        rounded = [round(x, decimals) + 0.0 for x in (value, value - ci, value + ci)]  # no "-0.0"
+        mean, low, high = (f"{x:.{decimals}f}" for x in rounded)
         return f"{mean} [{low}, {high}]"
     text = f"{value:.4g}"
     if name.endswith("_mean"):  # zeros at the end are digits too
@@ -722,7 +726,12 @@ def save_study(folder, summary, runs, figures, args):
 
     table = format_table(summary)
     pictures = [f"![{name.replace('_', ' ')}]({name}.png)" for name in figures]
-    parts = [f"# {folder.name}", f"`python {folder.name}.py{args.command}`", table, *pictures]
+    legend = (
+        "±: standard deviation over n seeds; brackets: 95% t-interval of a difference paired by "
+        f"seed. `evaluate` in {folder.name}.py says what is measured."
+    )
+    title = [f"# {folder.name}", f"`python {folder.name}.py{args.command}`"]
+    parts = [*title, table, legend, *pictures]
     for name, figure in figures.items():
         save(folder / f"{name}.png", figure)
     save(folder / "README.md", "\n\n".join(parts) + "\n")
@@ -776,11 +785,11 @@ def one_of_each_class(split):
     return split.images[torch.stack(first)], names
 
 
-def image_grid(rows, row_labels=None, column_labels=None, scale=0.75):
+def image_grid(rows, row_labels=None, column_labels=None):
     """A figure of images (R, C, 1, 28, 28) in [0, 1] as R labelled rows and C labelled columns."""
     count, columns = rows.shape[:2]
-    width = scale * columns + (1.2 if row_labels else 0)
-    height = scale * count + (0.3 if column_labels else 0)
+    width = 0.75 * columns + (1.2 if row_labels else 0)
+    height = 0.75 * count + (0.3 if column_labels else 0)
     figure, axes = plt.subplots(figsize=(width, height))
     tiles = F.pad(rows.squeeze(2).cpu(), (1, 1, 1, 1))  # a pixel around each image
     picture = tiles.permute(0, 2, 1, 3).reshape(count * 30, columns * 30)

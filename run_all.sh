@@ -8,14 +8,16 @@ for argument in "$@"; do
     cat <<'HELP'
 usage: bash run_all.sh [ARGUMENT ...]
 
-Trains everything: vae.py, conv_ae.py, classifier.py. Takes about half an hour on two cores.
+Trains everything: vae.py with one seed, conv_ae.py and classifier.py with three. Takes about half
+an hour on two cores.
 Where the active Python lacks the packages of requirements.txt, they are installed into .venv
 beside this file. Where the dataset is missing, it is downloaded or installed. The arguments go
 to all three scripts, so they must be flags that all three have:
 
-  bash run_all.sh                           the reference runs, into results/ in this folder
-  bash run_all.sh --resume                  goes on where that stopped
-  bash run_all.sh --epochs 1 --out quick    a quick look
+  bash run_all.sh --eval                    only checks the saved weights
+  bash run_all.sh --epochs 1 --out quick    a quick look, into the folder quick
+  bash run_all.sh --seeds 5 --out mine      the studies that the README quotes, into the folder mine
+  bash run_all.sh --seeds 5 --out mine --resume    goes on where that stopped
 HELP
     exit
   fi
@@ -43,8 +45,9 @@ done
 if [ "$python" = none ]; then
   python=$venv/bin/python
   echo "installing requirements.txt into $venv (several GB, once)"
-  # --clear: a .venv may be there whose Python is gone.
-  "$python" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
+  if [ ! -e "$venv" ]; then python3 -m venv "$venv"; fi
+  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
+    { echo "$venv has no Python with pip: move it away, or install requirements.txt into it" >&2; exit 1; }
   "$python" -m pip install --quiet -r "$here/requirements.txt"
 fi
 
@@ -56,15 +59,20 @@ import sys
 sys.path[0] = sys.argv.pop(1)
 import common
 
-parser = common.make_parser("", common.Config)
-parser.prog = "run_all.sh"
-args = common.parse_args(parser, common.Config, None)
-try:
-    common.load_data(args.data, args.device)
-except SystemExit as error:
-    print(error, file=sys.stderr)
-    nowhere = not any(args.data.glob("FashionMNIST/raw/*-ubyte")) and not common.DEBIAN.exists()
-    sys.exit(3 if nowhere else 1)
+
+def check():
+    parser = common.make_parser("", common.Config)
+    parser.prog = "run_all.sh"
+    args = common.parse_args(parser, common.Config)
+    try:
+        common.load_data(args.data, args.device)
+    except SystemExit as error:
+        print(error, file=sys.stderr)
+        nowhere = not any(args.data.glob("FashionMNIST/raw/*-ubyte")) and not common.DEBIAN.exists()
+        sys.exit(3 if nowhere else 1)
+
+
+common.cli(check)
 CHECK
 
 as_root() {
