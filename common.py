@@ -728,7 +728,7 @@ def save_study(folder, summary, runs, figures, args):
     pictures = [f"![{name.replace('_', ' ')}]({name}.png)" for name in figures]
     legend = (
         "±: standard deviation over n seeds; brackets: 95% t-interval of a difference paired by "
-        f"seed. `evaluate` in {folder.name}.py says what is measured."
+        "seed. The script's `evaluate` says what is measured."
     )
     title = [f"# {folder.name}", f"`python {folder.name}.py{args.command}`"]
     parts = [*title, table, legend, *pictures]

@@ -199,7 +199,7 @@ def plot_distances(model, data, test):
     axes.axhline(test["nearest_test_image"], color="black", linestyle="-.", label="test images")
     axes.axhline(test["nearest_sample"], color="black", linestyle=":", label="samples of the prior")
     axes.plot(positions, latent, "o-", label="blended in the latent space, then decoded")
-    axes.set(xlabel="position between the reconstructions of two test images", ylim=(0, None))
+    axes.set(xlabel="position between two reconstructions (500 pairs)", ylim=(0, None))
     axes.set_ylabel("MSE to the nearest training image")
     axes.legend()
     return figure
