@@ -113,7 +113,7 @@ class Classifier(nn.Module):
 
 
 def load(folder):
-    """The trained classifier in a run's folder, in evaluation mode."""
+    """The trained classifier in a run's folder, in evaluation mode, without gradients."""
     path = Path(folder) / "model.pt"
     model = Classifier(Config(**common.read(path)["config"]))
     common.read(path, model=model)
@@ -253,6 +253,7 @@ def plot_differences(runs):
                 axes.plot([x - 0.15] * len(values), values, ".", color=color)
         axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
         axes.set(xlabel="labelled images", title=f"{strategy} minus scratch")
+        axes.set_xlim(-0.5, len(counts) - 0.5)
     panels[0][0].set_ylabel("difference in test accuracy\n(dots: seeds; bars: mean, 95% interval)")
     return figure
 

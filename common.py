@@ -677,9 +677,7 @@ def format_cell(row, name):
     metric = name.removesuffix("_mean")
     std, ci = row.get(f"{metric}_std"), row.get(f"{metric}_ci")
     if "_minus_" in name and ci is not None:
-        decimals = 4  # where all seeds agree
-        if ci > 0:
-            decimals = max(0, 1 - math.floor(math.log10(ci)))
+        decimals = max(0, 1 - math.floor(math.log10(max(ci, 1e-6))))  # 0 where all seeds agree
         rounded = [round(x, decimals) + 0.0 for x in (value, value - ci, value + ci)]  # no "-0.0"
         mean, low, high = (f"{x:.{decimals}f}" for x in rounded)
         return f"{mean} [{low}, {high}]"
@@ -726,15 +724,15 @@ def save_study(folder, summary, runs, figures, args):
 
     table = format_table(summary)
     pictures = [f"![{name.replace('_', ' ')}]({name}.png)" for name in figures]
-    legend = (
-        "±: standard deviation over n seeds; brackets: 95% t-interval of a difference paired by "
-        "seed. The script's `evaluate` says what is measured."
-    )
-    title = [f"# {folder.name}", f"`python {folder.name}.py{args.command}`"]
-    parts = [*title, table, legend, *pictures]
+    legend = "±: standard deviation over n seeds. Brackets: 95% t-interval, paired by seed."
+    command = f"`python {folder.name}.py{args.command}`"
+    report = folder / "README.md"
+    if report.exists() and command not in report.read_text(encoding="utf-8"):
+        print(f"{report}: replaces the report of another command", flush=True)
+    parts = [f"# {folder.name}", command, table, legend, *pictures]
     for name, figure in figures.items():
         save(folder / f"{name}.png", figure)
-    save(folder / "README.md", "\n\n".join(parts) + "\n")
+    save(report, "\n\n".join(parts) + "\n")
     print(f"{table}\nfiles in {folder}", flush=True)
 
 

@@ -122,7 +122,7 @@ def predict(model, images):
 
 
 def load(folder):
-    """The trained autoencoder in a run's folder, in evaluation mode."""
+    """The trained autoencoder in a run's folder, in evaluation mode, without gradients."""
     path = Path(folder) / "model.pt"
     model = Autoencoder(common.read(path)["config"]["latent"])
     common.read(path, model=model)

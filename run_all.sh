@@ -14,6 +14,7 @@ Where the active Python lacks the packages of requirements.txt, they are install
 beside this file. Where the dataset is missing, it is downloaded or installed. The arguments go
 to all three scripts, so they must be flags that all three have:
 
+  bash run_all.sh                           into the folder results, in the place of what is there
   bash run_all.sh --eval                    only checks the saved weights
   bash run_all.sh --epochs 1 --out quick    a quick look, into the folder quick
   bash run_all.sh --seeds 5 --out mine      the studies that the README quotes, into the folder mine
@@ -45,9 +46,13 @@ done
 if [ "$python" = none ]; then
   python=$venv/bin/python
   echo "installing requirements.txt into $venv (several GB, once)"
-  if [ ! -e "$venv" ]; then python3 -m venv "$venv"; fi
-  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
-    { echo "$venv has no Python with pip: move it away, or install requirements.txt into it" >&2; exit 1; }
+  if [ ! -e "$venv" ] && [ ! -L "$venv" ]; then python3 -m venv "$venv"; fi
+  has_pip() { "$python" -m pip --version >/dev/null 2>&1; }
+  has_pip || "$python" -m ensurepip >/dev/null 2>&1 || true
+  has_pip || {
+    echo "$venv has no Python with pip: move it away (on Debian, also install python3-venv)" >&2
+    exit 1
+  }
   "$python" -m pip install --quiet -r "$here/requirements.txt"
 fi
 

@@ -102,7 +102,7 @@ class VAE(nn.Module):
 
 
 def load(folder):
-    """The trained VAE in a run's folder, in evaluation mode."""
+    """The trained VAE in a run's folder, in evaluation mode, without gradients."""
     path = Path(folder) / "model.pt"
     model = VAE(Config(**common.read(path)["config"]))
     common.read(path, model=model)
@@ -151,8 +151,8 @@ def decode_lines(model, data):
 
 def measure_lines(model, data):
     """How far from a training image (`nearest_mse`) are the midpoints of `decode_lines`, beside
-    the ends, blends of the two ends in pixels, samples of the prior, and genuine test images?
-    `step_ratio` is the largest of the 8 steps over the mean step, as root mean squared changes."""
+    the ends, blends of the two ends in pixels, and samples of the prior? `step_ratio` is the
+    largest of the 8 steps over the mean step, as root mean squared changes of the pixels."""
     line, train = decode_lines(model, data), data.train.images
     midpoint = common.nearest_mse(line[4], train)
     blend = common.nearest_mse((line[0] + line[8]) / 2, train)
@@ -163,7 +163,6 @@ def measure_lines(model, data):
         "nearest_blend": blend,
         "midpoint_minus_blend": midpoint - blend,
         "nearest_sample": common.nearest_mse(sample(model, 2000), train),
-        "nearest_test_image": common.nearest_mse(data.test.images[:2000], train),
         "step_ratio": (steps.amax(0) / steps.mean(0)).mean().item(),
     }
 
@@ -188,16 +187,18 @@ def plot_kl(kl):
     return figure
 
 
-def plot_distances(model, data, test):
-    """The distance to the nearest training image on 500 of the `decode_lines`."""
+def plot_distances(model, data, row):
+    """The distance to the nearest training image on 500 of the `decode_lines`, and what the
+    summary's row has beside it."""
     line, train = decode_lines(model, data)[:, :500], data.train.images
     positions = [i / 8 for i in range(9)]
     latent = [common.nearest_mse(images, train) for images in line]
     pixels = [common.nearest_mse(line[0].lerp(line[8], t), train) for t in positions]
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(positions, pixels, "s--", color=common.COLORS[8], label="blended in pixels")
-    axes.axhline(test["nearest_test_image"], color="black", linestyle="-.", label="test images")
-    axes.axhline(test["nearest_sample"], color="black", linestyle=":", label="samples of the prior")
+    axes.axhline(row["nearest_test_image"], color="black", linestyle="-.", label="test images")
+    samples = row["nearest_sample_mean"]
+    axes.axhline(samples, color="black", linestyle=":", label="samples of the prior")
     axes.plot(positions, latent, "o-", label="blended in the latent space, then decoded")
     axes.set(xlabel="position between two reconstructions (500 pairs)", ylim=(0, None))
     axes.set_ylabel("MSE to the nearest training image")
@@ -280,8 +281,8 @@ def save_explorer(path, model, data, means, plane):
 
 
 @torch.no_grad()
-def plot(model, data, run, study):
-    """The figures {name: figure} of a run and, in the folder `study`, explorer.html."""
+def plot(model, data, run, row, study):
+    """The figures {name: figure} of a run and the summary's row, and explorer.html in `study`."""
     # Prototypes of the classes are the means of their mu (as in Snell et al., 2017).
     train_mu, _ = model.encode(data.train.images)
     means = common.class_means(train_mu, data.train.labels)
@@ -294,7 +295,7 @@ def plot(model, data, run, study):
         "losses": common.plot_losses(study / run["folder"] / "losses.csv", run["best_epoch"]),
         "reconstructions": common.image_grid(rows, ["original", "decoded mu", "class mean"], names),
         "interpolations": plot_interpolations(model, means),
-        "interpolation_distances": plot_distances(model, data, run["test"]),
+        "interpolation_distances": plot_distances(model, data, row),
         "samples": common.image_grid(sample(model, 50).unflatten(0, (5, 10))),
         "kl_dimensions": plot_kl(run["kl_dimensions"]),
         "latent_pairs": plot_latent_pairs(model, data, run["kl_dimensions"], means.cpu()),
@@ -315,10 +316,12 @@ def main(argv=None):
     metrics = common.read_runs(runs, args)
     if metrics is None:
         return
-    model = load(study / metrics[0]["folder"]).to(args.device)
-    figures = plot(model, data, metrics[0], study)
     (row,) = common.summarize(metrics, [])
-    row |= common.baselines(data, [args.latent])[args.latent]  # what needs no VAE
+    # What needs no VAE:
+    row |= common.baselines(data, [args.latent])[args.latent]
+    row["nearest_test_image"] = common.nearest_mse(data.test.images[:2000], data.train.images)
+    model = load(study / metrics[0]["folder"]).to(args.device)
+    figures = plot(model, data, metrics[0], row, study)
     common.save_study(study, [row], metrics, figures, args)
 
 
