@@ -65,6 +65,7 @@ def dataset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "SHA256", hashes)
         patch.setattr(common, "DEBIAN", folder / "nowhere")
+        patch.setattr(vae, "COUNT", 100)
         # Layout is most of the time that a figure takes.
         for name, value in (("dpi", 20), ("bbox", None)):
             patch.setitem(plt.rcParams, f"savefig.{name}", value)
@@ -1669,7 +1670,8 @@ class Square(nn.Module):
         return z.clamp(0, 1).square().view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
 
-def test_what_lies_between_two_images_is_measured_beside_a_blend_in_pixels():
+def test_what_lies_between_two_images_is_measured_beside_a_blend_in_pixels(monkeypatch):
+    monkeypatch.setattr(vae, "COUNT", 2000)
     labels = torch.arange(100) % 2
     grays = torch.tensor([0, 0.2, 1])
     train = common.Split(grays.view(3, 1, 1, 1).expand(3, 1, 28, 28), torch.zeros(3).long())

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import common
 
 PAIRS = [(0, 9), (1, 3), (2, 4), (5, 7), (6, 8), (9, 5)]  # classes to interpolate between
+COUNT = 2000  # pairs of test images, and samples, whose distances are measured
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,13 @@ def evaluate(model, data):
 
 
 def decode_lines(model, data):
-    """Nine equally spaced points, decoded, on the lines between the mu of 2,000 pairs of test
-    images of different classes, (9, 2000, 1, 28, 28). The pairs are the same for every model."""
+    """Nine equally spaced points, decoded, on the lines between the mu of COUNT pairs of test
+    images of different classes, (9, COUNT, 1, 28, 28). The pairs are the same for every model."""
     mu, _ = model.encode(data.test.images)
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randint(len(mu), (3000, 2), generator=generator).T
+    first, second = torch.randint(len(mu), (3 * COUNT // 2, 2), generator=generator).T
     differ = (data.test.labels[first] != data.test.labels[second]).cpu()
-    start, end = mu[first[differ][:2000]], mu[second[differ][:2000]]
+    start, end = mu[first[differ][:COUNT]], mu[second[differ][:COUNT]]
     return torch.stack([model.decode(start.lerp(end, i / 8)) for i in range(9)])
 
 
@@ -162,7 +163,7 @@ def measure_lines(model, data):
         "nearest_midpoint": midpoint,
         "nearest_blend": blend,
         "midpoint_minus_blend": midpoint - blend,
-        "nearest_sample": common.nearest_mse(sample(model, 2000), train),
+        "nearest_sample": common.nearest_mse(sample(model, COUNT), train),
         "step_ratio": (steps.amax(0) / steps.mean(0)).mean().item(),
     }
 
@@ -319,7 +320,7 @@ def main(argv=None):
     (row,) = common.summarize(metrics, [])
     # What needs no VAE:
     row |= common.baselines(data, [args.latent])[args.latent]
-    row["nearest_test_image"] = common.nearest_mse(data.test.images[:2000], data.train.images)
+    row["nearest_test_image"] = common.nearest_mse(data.test.images[:COUNT], data.train.images)
     model = load(study / metrics[0]["folder"]).to(args.device)
     figures = plot(model, data, metrics[0], row, study)
     common.save_study(study, [row], metrics, figures, args)
