@@ -38,6 +38,9 @@ from torch.nn import functional as F
 # hyperparameters and flags ------------------------------------------------------------------------
 
 
+MAX_SEED = 42_948  # an epoch draws with the seed 100,000 * seed + epoch, which must be below 2^32
+
+
 def option(default, help, low, high=1_000_000):
     """A hyperparameter: a field of a `Config`, and a flag that takes values from low to high."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
@@ -57,7 +60,7 @@ class Config:
     val_every: int = option(1, "epochs from one validation to the next", low=1)
     patience: int = option(0, "epochs without progress after which to stop; 0: never", low=0)
     min_delta: float = option(1e-3, "least fall of the validation loss that is progress", low=0)
-    seed: int = option(0, "seed of initial weights, batches and noise", low=0, high=42_948)
+    seed: int = option(0, "seed of initial weights, batches and noise", low=0, high=MAX_SEED)
 
 
 def options(config_class):
@@ -129,9 +132,9 @@ def parse_args(parser, config_class, argv=None):
         torch.cuda.set_device(RANK % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
     args.device = torch.device(name)
-    if args.seed + args.seeds > 42_949:  # train_loop's seeds would reach 2^32
-        parser.error("argument --seeds: the last seed is above 42,948")
     args.seeds = range(args.seed, args.seed + args.seeds)
+    if args.seeds[-1] > MAX_SEED:
+        parser.error(f"argument --seeds: the last seed is above {MAX_SEED:,}")
     args.command = "".join(f" {shlex.quote(word)}" for word in argv if word != "--resume")
     plt.switch_backend("agg")  # figures go to files only
     return args
@@ -541,7 +544,8 @@ def run(model, data, config, args, folder, evaluate):
         check_origin(read(folder / "metrics.json"), config, folder, code_hash)
         print(f"{folder.name}: complete", flush=True)
         return
-    if not args.resume and any((folder / name).exists() for name in ("model.pt", "checkpoint.pt")):
+    started = (folder / "model.pt").exists() or (folder / "checkpoint.pt").exists()
+    if started and not args.resume:
         print(f"{folder}: this run will replace the one there; --resume keeps it", flush=True)
 
     history = train_loop(model, data, config, folder, code_hash, args.resume)
@@ -759,17 +763,17 @@ def plot_losses(path, best_epoch):
         rows = list(csv.DictReader(file))
     train = {int(row["epoch"]): float(row["train_loss"]) for row in rows}
     val = {int(row["epoch"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
-    epochs = [epoch for epoch in train if epoch >= min(val)]
+    first = min(val)
+    shown = {epoch: loss for epoch, loss in train.items() if epoch >= first}
     figure, axes = plt.subplots(figsize=(7, 4))
-    losses = [train[epoch] for epoch in epochs]
-    axes.plot(epochs, losses, ".-", label="training (latest weights)")
+    axes.plot(shown.keys(), shown.values(), ".-", label="training (latest weights)")
     label, red = "validation (EMA weights)", COLORS[2]
     axes.plot(val.keys(), val.values(), "o-", markersize=3, color=red, label=label)
     label = f"kept: {val[best_epoch]:.4f}, epoch {best_epoch}"
     axes.plot(best_epoch, val[best_epoch], "*", markersize=14, color="black", label=label)
     axes.set(xlabel="epoch", ylabel="loss")
-    if epochs[0] > 1:
-        axes.set_xlabel(f"epoch (not shown: those before {epochs[0]}, from {train[1]:.3g} down)")
+    if first > 1:
+        axes.set_xlabel(f"epoch (not shown: those before {first}, from {train[1]:.3g} down)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return figure

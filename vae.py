@@ -144,9 +144,10 @@ def decode_lines(model, data):
     images of different classes, (9, COUNT, 1, 28, 28). The pairs are the same for every model."""
     mu, _ = model.encode(data.test.images)
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randint(len(mu), (3 * COUNT // 2, 2), generator=generator).T
-    differ = (data.test.labels[first] != data.test.labels[second]).cpu()
-    start, end = mu[first[differ][:COUNT]], mu[second[differ][:COUNT]]
+    pairs = torch.randint(len(mu), (3 * COUNT // 2, 2), generator=generator)
+    labels = data.test.labels[pairs].cpu()
+    pairs = pairs[labels[:, 0] != labels[:, 1]][:COUNT]
+    start, end = mu[pairs.T]
     return torch.stack([model.decode(start.lerp(end, i / 8)) for i in range(9)])
 
 
@@ -189,8 +190,7 @@ def plot_kl(kl):
 
 
 def plot_distances(model, data, row):
-    """The distance to the nearest training image on 500 of the `decode_lines`, and what the
-    summary's row has beside it."""
+    """The distance to the nearest training image on 500 of the `decode_lines`, beside `row`."""
     line, train = decode_lines(model, data)[:, :500], data.train.images
     positions = [i / 8 for i in range(9)]
     latent = [common.nearest_mse(images, train) for images in line]
@@ -224,7 +224,8 @@ def plot_latent_pairs(model, data, kl, means):
                 continue
             axes.scatter(points[:, x], points[:, y], s=1, c=colors, rasterized=True)
             axes.scatter(means[:, x], means[:, y], s=45, c=common.COLORS, edgecolors="black")
-            axes.set(xlim=(-end, end), ylim=(-end, end), xlabel=f"mu {x + 1}", ylabel=f"mu {y + 1}")
+            axes.axis([-end, end, -end, end])
+            axes.set(xlabel=f"mu {x + 1}", ylabel=f"mu {y + 1}")
             axes.label_outer()
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in common.COLORS]
     place = "upper right" if size > 4 else "outside right upper"
@@ -318,8 +319,7 @@ def main(argv=None):
     if metrics is None:
         return
     (row,) = common.summarize(metrics, [])
-    # What needs no VAE:
-    row |= common.baselines(data, [args.latent])[args.latent]
+    row |= common.baselines(data, [args.latent])[args.latent]  # what needs no VAE
     row["nearest_test_image"] = common.nearest_mse(data.test.images[:COUNT], data.train.images)
     model = load(study / metrics[0]["folder"]).to(args.device)
     figures = plot(model, data, metrics[0], row, study)
