@@ -112,7 +112,8 @@ def parse_args(parser, config_class, argv=None):
     range and `command` what was typed. A bad value ends in argparse's message and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if any(word == "" or word.endswith("=") for word in argv):  # of a shell's unset variable
+    # A shell's unset variable leaves one of these.
+    if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in argv):
         parser.error("an argument is empty")
     for name, value in vars(args).items():
         if isinstance(value, list) and len(set(value)) < len(value):
@@ -146,7 +147,7 @@ def cli(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last complete epoch", file=sys.stderr)
+        print("\nstopped; a run in training goes on with --resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # of `| head`: nobody reads on, not even what Python says at its exit
         os._exit(1)
@@ -218,9 +219,9 @@ def load_data(folder="data", device="cpu"):
         labels = mnist.read_label_file(raw / f"{name}-labels-idx1-ubyte").to(device)
         splits.append(Split(images.unsqueeze(1).float() / 255, labels))
     full, test = splits
-    count = len(full.labels)
+    count, val_count = len(full.labels), len(full.labels) // 6
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)
-    parts = order.split([count - count // 6, count // 6])
+    parts = order.split([count - val_count, val_count])
     train, val = (Split(full.images[part], full.labels[part]) for part in parts)
     return Data(train, val, test)
 
@@ -496,9 +497,14 @@ def read(path, **parts):
         sys.exit(f"{path} can't be used ({error!r:.200}): restore it, or give another path")
 
 
+def as_json(content):
+    """`content` as a .json file gives it back: a tuple becomes a list."""
+    return json.loads(json.dumps(content))
+
+
 def check_origin(saved, config, path, code_hash=None):
     """Ends the process where a file was made with another config or, if given, by other code."""
-    own, then = vars(config), saved["config"]
+    own, then = as_json(vars(config)), as_json(saved["config"])
     for name in {**own, **then}:
         if own.get(name) != then.get(name):
             advice = "give the flags of that run, or another --out"
@@ -607,9 +613,9 @@ def share_out(runs, args):
         if not saved:
             sys.exit(f"no model.pt of this command below {args.out}: check its flags and --out")
         runs = saved
-    for number, (folder, config) in enumerate(runs.items()):
-        if number % WORLD_SIZE == RANK:
-            print(f"--- {folder.name}: run {number + 1} of {len(runs)}", flush=True)
+    for index, (folder, config) in enumerate(runs.items()):
+        if index % WORLD_SIZE == RANK:
+            print(f"--- {folder.name}: run {index + 1} of {len(runs)}", flush=True)
             yield folder, config
 
 
@@ -621,13 +627,12 @@ def read_runs(runs, args):
     complete = []
     for folder, config in runs.items():
         saved = read(folder / "metrics.json") if is_complete(folder) else {}
-        if saved.get("config") == vars(config):
+        if saved.get("config") == as_json(vars(config)):
             complete.append({"folder": folder.name, **saved})
     codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
     if len(complete) < len(runs) or len(codes) > 1:
-        print(
-            f"no summary yet: complete {len(complete)} of {len(runs)}, code versions {len(codes)}"
-        )
+        done = f"{len(complete)} of {len(runs)} runs complete"
+        print(f"no summary yet: {done}, versions of their code: {len(codes)}")
         return None
     return complete
 
@@ -638,11 +643,11 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def mean_std_ci(name, values):
     """Entries of a summary's row: the mean of n values and, where n > 1, their sample standard
-    deviation and the half width of the 95% t-interval of the mean."""
+    deviation and the half width of the 95% t-interval of the mean. None without values."""
     mean = std = ci = None
-    if None not in values:
+    if values:
         mean = float(statistics.mean(values))
-    if mean is not None and math.isfinite(mean) and len(values) > 1:
+    if len(values) > 1 and math.isfinite(mean):
         std, freedom = statistics.stdev(values), len(values) - 1
         quantile = 1.96 + 2.4 / freedom + 2.8 / freedom**2  # within 0.005 from 10 on
         if freedom <= len(T_QUANTILES):
@@ -705,7 +710,8 @@ def format_table(summary):
         if any(cells) and not name.endswith(("_std", "_ci")):
             columns.append([name.removesuffix("_mean"), *cells])
     if len(summary) == 1:
-        columns = list(zip(("metric", "value"), *columns))
+        names, values = zip(*columns)
+        columns = [["metric", *names], ["value", *values]]
     table = []
     for cells in columns:
         width = max(len(cell) for cell in cells)
@@ -731,7 +737,7 @@ def save_study(folder, summary, runs, figures, args):
     legend = "±: standard deviation over n seeds. Brackets: 95% t-interval, paired by seed."
     command = f"`python {folder.name}.py{args.command}`"
     report = folder / "README.md"
-    if report.exists() and command not in report.read_text(encoding="utf-8"):
+    if report.exists() and command not in report.read_text("utf-8", errors="replace"):
         print(f"{report}: replaces the report of another command", flush=True)
     parts = [f"# {folder.name}", command, table, legend, *pictures]
     for name, figure in figures.items():

@@ -18,7 +18,7 @@ import statistics
 import struct
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +66,7 @@ def dataset(tmp_path_factory):
         patch.setattr(common, "SHA256", hashes)
         patch.setattr(common, "DEBIAN", folder / "nowhere")
         patch.setattr(vae, "COUNT", 100)
+        patch.setattr(common.loss_std, "__defaults__", (2,))
         # Layout is most of the time that a figure takes.
         for name, value in (("dpi", 20), ("bbox", None)):
             patch.setitem(plt.rcParams, f"savefig.{name}", value)
@@ -73,8 +74,15 @@ def dataset(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture
+def rendered():
+    """The test's figures become pictures, as those of `studies`. Otherwise they are only made."""
+
+
 @pytest.fixture(autouse=True)
-def fixed_start():
+def fixed_start(request, monkeypatch):
+    if "rendered" not in request.fixturenames:
+        monkeypatch.setattr(plt.Figure, "savefig", lambda figure, file, format: file.write(b"-"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
@@ -1078,6 +1086,20 @@ def test_resume_keeps_complete_runs_and_refuses_another_config_by_name(
     ]
 
 
+def test_a_hyperparameter_may_be_a_tuple(flags, tmp_path, capsys, monkeypatch, no_figures):
+    @dataclass(frozen=True)
+    class Config(vae.Config):
+        hidden: tuple = (16, 8)
+
+    monkeypatch.setattr(vae, "Config", Config)
+    interrupt(monkeypatch, vae.VAE, STEPS + 2, vae.main, flags)
+    vae.main([*flags, "--resume"])
+    assert (tmp_path / "out" / "vae" / "README.md").exists()
+    vae.main([*flags, "--resume"])
+    assert "seed0: complete" in capsys.readouterr().out
+    vae.main([*flags, "--eval"])
+
+
 def test_resume_refuses_a_checkpoint_of_another_config_by_name(flags, monkeypatch):
     interrupt(monkeypatch, vae.VAE, STEPS + 2, vae.main, flags)
     for name, change in (("lr", "0.1"), ("epochs", "9"), ("patience", "0")):
@@ -1196,7 +1218,7 @@ def test_a_summary_has_a_row_for_each_setting_with_means_over_its_seeds():
     assert list(summary[0]) == list(keys)
     (row,) = common.summarize(runs[:3:2], [])
     assert list(row.values()) == [2, *rows[2][3:]]
-    assert set(common.mean_std_ci("x", [None, 1.0]).values()) == {None}
+    assert set(common.mean_std_ci("x", []).values()) == {None}
     infinite = common.mean_std_ci("x", [math.inf, 1.0])
     assert list(infinite.values()) == [math.inf, None, None]
     assert common.format_cell(infinite, "x_mean") == "inf"
@@ -1370,7 +1392,7 @@ def test_processes_share_a_study_and_the_last_one_sums_up_the_same_bytes(
         printed = capsys.readouterr().out
         shares.append(re.findall(r"^--- (seed\d): run", printed, re.MULTILINE))
         if rank == 1:
-            assert "no summary yet: complete 1 of 3" in printed
+            assert "no summary yet: 1 of 3 runs complete" in printed
             assert [path.name for path in study.iterdir()] == ["seed1"]
     assert shares == [["seed1"], ["seed0", "seed2"]]
     monkeypatch.setattr(common, "RANK", 3)  # a process without a run
@@ -1643,7 +1665,8 @@ def test_the_loss_without_the_bounds_and_the_images_at_a_bound_are_measured():
     assert test["loss"] < test["loss_unbounded"] and model.bounded
 
 
-def test_the_test_loss_has_a_standard_deviation_over_noise_and_over_images():
+def test_the_test_loss_has_a_standard_deviation_over_noise_and_over_images(monkeypatch):
+    monkeypatch.setattr(common.loss_std, "__defaults__", (20,))
     data, model, losses = clusters(test=400), vae.VAE(vae.Config()), []
     deviations = vae.evaluate(model, data)["loss_std"]
     with torch.no_grad():
@@ -1716,7 +1739,7 @@ def test_the_vae_learns(studies):
 
 
 @pytest.mark.parametrize("latent", [1, 2, 16])
-def test_a_vae_of_any_latent_size_ends_with_all_figures(latent, here, tmp_path):
+def test_a_vae_of_any_latent_size_ends_with_all_figures(latent, here, tmp_path, rendered):
     vae.main([*here, "--epochs", "1", "--latent", str(latent)])
     study = tmp_path / "out" / "vae"
     assert {path.name for path in study.glob("*.png")} == FIGURES[vae]
@@ -1970,7 +1993,7 @@ def test_the_autoencoders_evaluation_is_that_of_the_test_set_with_training_image
     assert test["mse"] == pytest.approx(mse, rel=1e-5)
 
 
-def test_where_pca_is_exact_the_study_shows_no_ratio(here, tmp_path):
+def test_where_pca_is_exact_the_study_shows_no_ratio(here, tmp_path, rendered):
     conv_ae.main([*here, "--epochs", "1", "--latents", "1024", "4", "--seeds", "1"])
     small, large = metrics(tmp_path / "out" / "conv_ae")["summary"]
     assert large["latent"] == 1024 and large["ratio"] is None and small["ratio"] > 0
@@ -2275,6 +2298,9 @@ def test_an_encoder_that_is_missing_damaged_or_of_another_size_is_named(
     (tmp_path / "none.pt").write_bytes(b"damaged")
     damaged = failure(classifier.main, [*argv, "--encoder", str(tmp_path / "none.pt")])
     assert str(tmp_path / "none.pt") in damaged
+    (tmp_path / "none.pth").write_bytes(b"damaged")
+    damaged = failure(classifier.main, [*argv, "--encoder", str(tmp_path / "none.pth")])
+    assert f"{tmp_path / 'none.pth'} can't be used" in damaged
     classifier.main([*flags, *SCRATCH, "--epochs", "1"])  # it needs none
 
 

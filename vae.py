@@ -146,7 +146,7 @@ def decode_lines(model, data):
     generator = torch.Generator().manual_seed(0)
     pairs = torch.randint(len(mu), (3 * COUNT // 2, 2), generator=generator)
     labels = data.test.labels[pairs].cpu()
-    pairs = pairs[labels[:, 0] != labels[:, 1]][:COUNT]
+    pairs = pairs[labels[:, 0] != labels[:, 1]][:COUNT]  # a tenth are of one class
     start, end = mu[pairs.T]
     return torch.stack([model.decode(start.lerp(end, i / 8)) for i in range(9)])
 
@@ -247,7 +247,6 @@ def plot_interpolations(model, means):
 def save_explorer(path, model, data, means, plane):
     """Writes explorer.html with its data filled in: the decoder, the latent vectors of test images,
     the classes' means and the map's plane. Says so where the page can't compute the decoder."""
-    path.unlink(missing_ok=True)  # that of another decoder
     layers, weights = [], []
     for layer in model.decoder:
         layers.append({"name": type(layer).__name__, "slope": getattr(layer, "negative_slope", 0)})
@@ -255,9 +254,11 @@ def save_explorer(path, model, data, means, plane):
             layers[-1]["outputs"] = layer.out_features
             bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
             weights += [layer.weight.flatten(), bias]
-    unknown = {layer["name"] for layer in layers} - {"Linear", "LeakyReLU", "ReLU", "Sigmoid"}
-    if unknown != {"Unflatten"} or not torch.equal(model.decode(means), model.decoder(means)):
+    known = {"Linear", "LeakyReLU", "ReLU", "Sigmoid", "Unflatten"}
+    own_decode = not torch.equal(model.decode(means), model.decoder(means))  # of a subclass
+    if own_decode or not {layer["name"] for layer in layers} <= known:
         print("no explorer.html: the page can't compute this decoder", flush=True)
+        path.unlink(missing_ok=True)  # that of another decoder
         return
     mu, logvar = model.encode(data.test.images)
     images, _ = common.one_of_each_class(data.test)
