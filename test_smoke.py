@@ -1739,7 +1739,7 @@ def test_the_vae_learns(studies):
 
 
 @pytest.mark.parametrize("latent", [1, 2, 16])
-def test_a_vae_of_any_latent_size_ends_with_all_figures(latent, here, tmp_path, rendered):
+def test_a_vae_of_any_latent_size_ends_with_all_figures(latent, here, tmp_path):
     vae.main([*here, "--epochs", "1", "--latent", str(latent)])
     study = tmp_path / "out" / "vae"
     assert {path.name for path in study.glob("*.png")} == FIGURES[vae]
