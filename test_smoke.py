@@ -1711,6 +1711,13 @@ def test_what_lies_between_two_images_is_measured_beside_a_blend_in_pixels(monke
     samples = torch.randn(100_000, 1).clamp(0, 1).square()
     nearest = (samples - grays).square().amin(1).mean().item()
     assert found["nearest_sample"] == pytest.approx(nearest, rel=0.2)
+    figure = vae.plot_distances(Square(), data, {"test": found}, {"nearest_test_image": 0.02})
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    plt.close(figure)
+    assert lines["blended in pixels"][4] == pytest.approx(found["nearest_blend"])
+    assert lines["blended in the latent space, then decoded"][4] == pytest.approx(0.05**2, rel=1e-3)
+    assert set(lines["samples of the prior"]) == {found["nearest_sample"]}
+    assert set(lines["test images"]) == {0.02}
 
 
 def test_the_vaes_summary_sets_it_beside_the_baselines(studies, data):

@@ -189,8 +189,9 @@ def plot_kl(kl):
     return figure
 
 
-def plot_distances(model, data, row):
-    """The distance to the nearest training image on 500 of the `decode_lines`, beside `row`."""
+def plot_distances(model, data, run, row):
+    """The distance to the nearest training image on 500 of the `decode_lines`, beside that of the
+    `run`'s samples and of the test images in the summary's `row`."""
     line, train = decode_lines(model, data)[:, :500], data.train.images
     positions = [i / 8 for i in range(9)]
     latent = [common.nearest_mse(images, train) for images in line]
@@ -198,7 +199,7 @@ def plot_distances(model, data, row):
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(positions, pixels, "s--", color=common.COLORS[8], label="blended in pixels")
     axes.axhline(row["nearest_test_image"], color="black", linestyle="-.", label="test images")
-    samples = row["nearest_sample_mean"]
+    samples = run["test"]["nearest_sample"]
     axes.axhline(samples, color="black", linestyle=":", label="samples of the prior")
     axes.plot(positions, latent, "o-", label="blended in the latent space, then decoded")
     axes.set(xlabel="position between two reconstructions (500 pairs)", ylim=(0, None))
@@ -298,7 +299,7 @@ def plot(model, data, run, row, study):
         "losses": common.plot_losses(study / run["folder"] / "losses.csv", run["best_epoch"]),
         "reconstructions": common.image_grid(rows, ["original", "decoded mu", "class mean"], names),
         "interpolations": plot_interpolations(model, means),
-        "interpolation_distances": plot_distances(model, data, row),
+        "interpolation_distances": plot_distances(model, data, run, row),
         "samples": common.image_grid(sample(model, 50).unflatten(0, (5, 10))),
         "kl_dimensions": plot_kl(run["kl_dimensions"]),
         "latent_pairs": plot_latent_pairs(model, data, run["kl_dimensions"], means.cpu()),
