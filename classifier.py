@@ -2,13 +2,12 @@
 scratch?
 
     python conv_ae.py --latents 32 --seeds 5    # the encoders, pre-trained without labels
-    python classifier.py --seeds 5              # 50,000 labels, fine-tuned: accuracy 0.938 (n=5)
+    python classifier.py --seeds 5              # 50,000 labels, fine-tuned: accuracy 0.939 (n=5)
 """
 
 import hashlib
 import math
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ STYLE = {  # of the curves, by strategy
 # The differences in the summary: of which accuracy, to which strategy.
 COMPARED = [
     ("accuracy", "scratch"),
+    ("one_view_accuracy", "scratch"),
     ("val_accuracy", "scratch"),
     ("first_val_accuracy", "scratch"),
     ("accuracy", "frozen"),
@@ -163,47 +163,62 @@ def load_encoders(args):
 # evaluation ---------------------------------------------------------------------------------------
 
 
+def classify(model, images):
+    """Logits (B, 10) of images (B, 1, 28, 28): the mean over six views of each, in place, a pixel
+    up and left, a pixel down and right, and these mirrored. The two in place weigh twice as much,
+    after the multi-crop evaluation of Jordan (2024, arXiv:2404.00498)."""
+    padded = F.pad(images, (1, 1, 1, 1))
+    logits = 0
+    for start, weight in ((0, 1 / 8), (1, 1 / 4), (2, 1 / 8)):
+        view = padded[:, :, start : start + 28, start : start + 28]
+        both = conv_ae.predict(model, view) + conv_ae.predict(model, view.flip(3))
+        logits += weight * both
+    return logits
+
+
 def evaluate(model, data):
-    """The test loss and accuracy, and the confusions."""
-    predicted = conv_ae.predict(model, data.test.images).argmax(1)
-    confusion = common.confusion(predicted, data.test.labels)
-    return {"test": common.test_loop(model, data.test), "confusion": confusion}
+    """The test metrics and the confusions by `classify`; the accuracy by one view of each image,
+    as in validation, stands beside them."""
+    logits, labels = classify(model, data.test.images), data.test.labels
+    predicted = logits.argmax(1)
+    test = {
+        "loss": F.cross_entropy(logits, labels).item(),
+        "accuracy": common.accuracy(predicted, labels),
+        "one_view_accuracy": common.test_loop(model, data.test)["accuracy"],
+    }
+    return {"test": test, "confusion": common.confusion(predicted, labels)}
 
 
-def accuracies(runs):
-    """{setting: {name: a list, one a seed}}. "val_accuracy" is of the weights that are kept;
-    "first_val_accuracy" of the first validation, after epoch 1 if none is left out."""
-    measured = {}
-    for setting, same in common.group(runs, ["labels", "strategy"]).items():
-        names = defaultdict(list)
-        for run in same:
-            val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
-            names["accuracy"].append(run["test"]["accuracy"])
-            names["val_accuracy"].append(val[run["best_epoch"]])
-            names["first_val_accuracy"].append(val[min(val)])
-        measured[setting] = names
-    return measured
+def accuracy_of(run, name):
+    """A run's "accuracy" or "one_view_accuracy" in test, "val_accuracy" in validation with the
+    weights that are kept, or "first_val_accuracy" in the first, after epoch 1 if none is left out.
+    """
+    if not name.endswith("val_accuracy"):
+        return run["test"][name]
+    val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
+    return val[run["best_epoch"] if name == "val_accuracy" else min(val)]
 
 
-def differences(measured, labels, strategy, base, name):
-    """The accuracy `name` of `strategy` minus that of `base`, one a seed. [] without such runs."""
-    own, other = measured.get((labels, strategy)), measured.get((labels, base))
-    if strategy == base or not own or not other:
+def differences(groups, labels, strategy, base, name):
+    """`accuracy_of` runs of `strategy` minus that of `base`, one a seed. [] without such runs."""
+    if strategy == base:
         return []
-    return [first - second for first, second in zip(own[name], other[name])]  # seed by seed
+    pairs = zip(groups.get((labels, strategy), []), groups.get((labels, base), []))  # by seed
+    return [accuracy_of(own, name) - accuracy_of(other, name) for own, other in pairs]
 
 
 def summarize(runs):
     """A row per label count and strategy: the metrics over the seeds, and the differences to the
     other strategies, paired by seed."""
     summary = common.summarize(runs, ["labels", "strategy"])
-    measured = accuracies(runs)
+    groups = common.group(runs, ["labels", "strategy"])
     for row in summary:
         setting = row["labels"], row["strategy"]
         for name in ("val_accuracy", "first_val_accuracy"):
-            row |= common.mean_std_ci(name, measured[setting][name])
+            values = [accuracy_of(run, name) for run in groups[setting]]
+            row |= common.mean_std_ci(name, values)
         for name, base in COMPARED:
-            values = differences(measured, *setting, base, name)
+            values = differences(groups, *setting, base, name)
             row |= common.mean_std_ci(f"{name}_minus_{base}", values)
     return summary
 
@@ -227,7 +242,7 @@ def plot_learning_curves(runs):
             std = accuracy.std(0) if len(curves) > 1 else torch.zeros_like(mean)
             epochs = [row["epoch"] for row in curves[0][:end]]
             axes.plot(epochs, mean, line, color=color, markersize=4, label=strategy)
-            axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.25)
+            axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15)
         axes.set(xlabel="epoch", title=f"{labels:,} labels")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -238,20 +253,19 @@ def plot_learning_curves(runs):
 
 def plot_differences(runs):
     """Test accuracy minus that of `scratch`: a dot a seed, beside the mean and its 95% interval."""
-    measured = accuracies(runs)
-    counts = sorted({labels for labels, _ in measured})
-    strategies = sorted({strategy for _, strategy in measured} - {"scratch"})
+    groups = common.group(runs, ["labels", "strategy"])
+    counts = sorted({labels for labels, _ in groups})
+    strategies = sorted({strategy for _, strategy in groups} - {"scratch"})
     size = (4.5 * len(strategies), 4)
     figure, panels = plt.subplots(1, len(strategies), figsize=size, squeeze=False)
     for strategy, axes in zip(strategies, panels[0]):
         axes.axhline(0, color="black", linewidth=1)
         color = STYLE[strategy][1]
         for x, labels in enumerate(counts):
-            values = differences(measured, labels, strategy, "scratch", "accuracy")
-            if values:
-                bar = common.mean_std_ci("y", values)
-                axes.errorbar(x, bar["y_mean"], bar["y_ci"], fmt="s", color=color, capsize=4)
-                axes.plot([x - 0.15] * len(values), values, ".", color=color)
+            values = differences(groups, labels, strategy, "scratch", "accuracy")
+            bar = common.mean_std_ci("y", values)
+            axes.errorbar(x, bar["y_mean"], bar["y_ci"], fmt="s", color=color, capsize=4)
+            axes.plot([x - 0.15] * len(values), values, ".", color=color)
         axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
         axes.set(xlabel="labelled images", title=f"{strategy} minus scratch")
         axes.set_xlim(-0.5, len(counts) - 0.5)
@@ -320,8 +334,7 @@ def main(argv=None):
         elif config.strategy != "scratch":
             model.encoder.load_state_dict(encoders[config.seed].state_dict())
         model = conv_ae.to_device(model, args.device)
-        train = labelled(data.train, config)
-        subset = common.Data(train, data.val, data.test)
+        subset = data._replace(train=labelled(data.train, config))
         common.run(model, subset, config, args, folder, evaluate)
 
     metrics = common.read_runs(runs, args)

@@ -38,9 +38,6 @@ from torch.nn import functional as F
 # hyperparameters and flags ------------------------------------------------------------------------
 
 
-MAX_SEED = 42_948  # an epoch draws with the seed 100,000 * seed + epoch, which must be below 2^32
-
-
 def option(default, help, low, high=1_000_000):
     """A hyperparameter: a field of a `Config`, and a flag that takes values from low to high."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
@@ -60,16 +57,17 @@ class Config:
     val_every: int = option(1, "epochs from one validation to the next", low=1)
     patience: int = option(0, "epochs without progress after which to stop; 0: never", low=0)
     min_delta: float = option(1e-3, "least fall of the validation loss that is progress", low=0)
-    seed: int = option(0, "seed of initial weights, batches and noise", low=0, high=MAX_SEED)
+    # An epoch draws with the seed 100,000 * seed + epoch, of which the generator takes 32 bits.
+    seed: int = option(0, "seed of initial weights, batches and noise", low=0, high=42_000)
 
 
 def options(config_class):
     """The fields that are flags, with their metadata. A subclass's new default keeps them."""
     meta = {}
     for base in reversed(config_class.__mro__[:-1]):  # from Config on; the last is object
-        for item in dataclasses.fields(base):
-            meta[item.name] = item.metadata or meta.get(item.name)
-    return [(item, meta[item.name]) for item in dataclasses.fields(config_class) if meta[item.name]]
+        meta |= {item.name: item.metadata for item in dataclasses.fields(base) if item.metadata}
+    fields = dataclasses.fields(config_class)
+    return [(item, meta[item.name]) for item in fields if item.name in meta]
 
 
 def number(kind, low, high):
@@ -134,8 +132,6 @@ def parse_args(parser, config_class, argv=None):
         torch.backends.cudnn.allow_tf32 = False  # evaluation is in float32
     args.device = torch.device(name)
     args.seeds = range(args.seed, args.seed + args.seeds)
-    if args.seeds[-1] > MAX_SEED:
-        parser.error(f"argument --seeds: the last seed is above {MAX_SEED:,}")
     args.command = "".join(f" {shlex.quote(word)}" for word in argv if word != "--resume")
     plt.switch_backend("agg")  # figures go to files only
     return args
@@ -377,7 +373,6 @@ def load_checkpoint(folder, state, config, code_hash):
 def knn(index, index_labels, queries, k=10):
     """Labels (Q,) of `queries` (Q, D): the most frequent among the k nearest in `index` (N, D), by
     Euclidean distance. Of equally frequent labels the one with the nearest image."""
-    k = min(k, len(index))
     nearest = [torch.cdist(q, index).topk(k, largest=False).indices for q in queries.split(1000)]
     labels = index_labels[torch.cat(nearest)]  # (Q, k), the nearest first
     votes = (labels[:, :, None] == labels[:, None, :]).sum(2)
@@ -589,10 +584,10 @@ def confirm(model, data, config, folder, evaluate):
     saved = read(folder / "metrics.json")
     check_origin(saved, config, folder)
     read(folder / "model.pt", model=model)
-    recorded, measured = saved.get("test") or {}, evaluate(model.eval(), data)["test"]
+    recorded, measured = saved["test"], evaluate(model.eval(), data)["test"]
     for name in {**recorded, **measured}:
-        now, then = measured.get(name, math.nan), recorded.get(name)
-        if not isinstance(then, int | float) or not math.isclose(now, then, rel_tol=5e-4):
+        now, then = measured.get(name, math.nan), recorded.get(name, math.nan)
+        if not math.isclose(now, then, rel_tol=5e-4):  # nan never is
             reason = "the weights, the code or the data are not those of that run"
             sys.exit(f"{folder}: {name} is {now}, not {then} as recorded: {reason}")
     print(f"{folder}: confirmed: {describe(measured)}", flush=True)
@@ -629,7 +624,8 @@ def read_runs(runs, args):
         saved = read(folder / "metrics.json") if is_complete(folder) else {}
         if saved.get("config") == as_json(vars(config)):
             complete.append({"folder": folder.name, **saved})
-    codes = {run.get("code") for run in complete}  # more than one: an older run is to be replaced
+    # More than one: an older run is to be replaced, or measured other things.
+    codes = {(run.get("code"), *run["test"]) for run in complete}
     if len(complete) < len(runs) or len(codes) > 1:
         done = f"{len(complete)} of {len(runs)} runs complete"
         print(f"no summary yet: {done}, versions of their code: {len(codes)}")
@@ -786,10 +782,9 @@ def plot_losses(path, best_epoch):
 
 
 def one_of_each_class(split):
-    """The first image of every class, (C, 1, 28, 28), and the classes' names, in short lines."""
-    classes = split.labels.unique().tolist()
-    first = [(split.labels == label).nonzero()[0, 0] for label in classes]
-    names = [CLASSES[label].replace(" ", "\n").replace("/", "/\n") for label in classes]
+    """The first image of every class, (10, 1, 28, 28), and the classes' names, in short lines."""
+    first = [(split.labels == label).nonzero()[0, 0] for label in range(10)]
+    names = [name.replace(" ", "\n").replace("/", "/\n") for name in CLASSES]
     return split.images[torch.stack(first)], names
 
 

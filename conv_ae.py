@@ -227,7 +227,7 @@ def main(argv=None):
     if metrics is None:
         return
     summary = summarize(metrics, data)
-    folders = [study / f"latent{row['latent']:03d}-seed{args.seed}" for row in summary]
+    folders = [study / same[0]["folder"] for same in common.group(metrics, ["latent"]).values()]
     figures = {
         "latent_vs_error": plot_errors(summary, args.epochs),
         "reconstructions": plot_reconstructions(folders, data),

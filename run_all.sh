@@ -10,9 +10,9 @@ usage: bash run_all.sh [ARGUMENT ...]
 
 Trains everything: vae.py with one seed, conv_ae.py and classifier.py with three. Takes about half
 an hour on two cores that are fast in bfloat16, else an hour and a half, and 2 GB of memory a core.
-Where the active Python lacks the packages of requirements.txt, they are installed into .venv
-beside this file. Where the dataset is missing, it is downloaded or installed. The arguments go
-to all three scripts, so they must be flags that all three have:
+Where the active Python lacks torch 2.9, torchvision or matplotlib, requirements.txt is installed
+into .venv beside this file. Where the dataset is missing, it is downloaded or installed. The
+arguments go to all three scripts, so they must be flags that all three have:
 
   bash run_all.sh                           into the folder results, in the place of what is there
   bash run_all.sh --eval                    only checks the saved weights
@@ -24,19 +24,9 @@ HELP
   fi
 done
 
-# Whether a Python has the packages of requirements.txt, in the versions asked for there.
-has_packages() {
-  "$1" - "$here/requirements.txt" 2>/dev/null <<'CHECK'
-import re, sys
-from importlib.metadata import version
-
-for line in open(sys.argv[1]):
-    name, _, least = line.strip().partition(">=")
-    if least:
-        have, need = ([int(n) for n in re.findall(r"\d+", text)] for text in (version(name), least))
-        if have < need:
-            sys.exit(1)
-CHECK
+has_packages() { # those that the scripts import; the version is that of requirements.txt
+  "$1" -c 'import matplotlib, torch, torchvision
+assert torch.__version__ >= "2.9"' 2>/dev/null
 }
 
 venv=$here/.venv
@@ -46,19 +36,14 @@ done
 if [ "$python" = none ]; then
   python=$venv/bin/python
   echo "installing requirements.txt into $venv (several GB, once)"
-  if [ ! -e "$venv" ] && [ ! -L "$venv" ]; then
+  if [ ! -e "$python" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
       echo "there is no python3 of version 3.10 or newer: put one first in PATH" >&2
       exit 1
     }
     python3 -m venv "$venv"
   fi
-  has_pip() { "$python" -m pip --version >/dev/null 2>&1; }
-  has_pip || "$python" -m ensurepip >/dev/null 2>&1 || true
-  has_pip || {
-    echo "$venv has no Python with pip: move it away (on Debian, also install python3-venv)" >&2
-    exit 1
-  }
+  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip
   "$python" -m pip install --quiet -r "$here/requirements.txt"
 fi
 

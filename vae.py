@@ -253,8 +253,7 @@ def save_explorer(path, model, data, means, plane):
         layers.append({"name": type(layer).__name__, "slope": getattr(layer, "negative_slope", 0)})
         if isinstance(layer, nn.Linear):
             layers[-1]["outputs"] = layer.out_features
-            bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-            weights += [layer.weight.flatten(), bias]
+            weights += [layer.weight.flatten(), layer.bias]
     known = {"Linear", "LeakyReLU", "ReLU", "Sigmoid", "Unflatten"}
     own_decode = not torch.equal(model.decode(means), model.decoder(means))  # of a subclass
     if own_decode or not {layer["name"] for layer in layers} <= known:
