@@ -345,11 +345,12 @@ def train_loop(model, data, config, folder, code_hash, resume):
 
 def print_epoch(name, history, config):
     row = history[-1]
-    line = f"{name}  epoch {row['epoch']:3d}/{config.epochs}  train {row['train_loss']:.5f}"
+    epoch = row["epoch"]
+    line = f"{name}  epoch {epoch:3d}/{config.epochs}  train {row['train_loss']:.5f}"
     if "val" in row:
         line += f"  val {describe(row['val'])}"
     pace = statistics.mean(row["seconds"] for row in history)
-    minutes, seconds = divmod(round(pace * (config.epochs - row["epoch"])), 60)
+    minutes, seconds = divmod(round(pace * (config.epochs - epoch)), 60)
     print(f"{line}  {row['seconds']:.2f} s, {minutes}m{seconds:02d}s left", flush=True)
 
 
@@ -501,9 +502,10 @@ def check_origin(saved, config, path, code_hash=None):
     """Ends the process where a file was made with another config or, if given, by other code."""
     own, then = as_json(vars(config)), as_json(saved["config"])
     for name in {**own, **then}:
-        if own.get(name) != then.get(name):
+        asked, recorded = own.get(name), then.get(name)
+        if asked != recorded:
             advice = "give the flags of that run, or another --out"
-            sys.exit(f"{path} was made with {name} {then.get(name)}, not {own.get(name)}: {advice}")
+            sys.exit(f"{path} was made with {name} {recorded}, not {asked}: {advice}")
     if code_hash is not None and saved.get("code") != code_hash:
         advice = "undo the edit, or give another --out"
         sys.exit(f"{path} was made by another model, loss or training loop: {advice}")

@@ -2235,6 +2235,7 @@ def test_the_test_metrics_and_the_confusion_matrix_are_those_of_six_views(studie
     result = classifier.evaluate(model.train(), noise)  # in evaluation mode all the same
     share = (six_views(model.eval(), noise.test.images).argmax(1) == noise.test.labels).double()
     assert result["test"]["accuracy"] == pytest.approx(share.mean().item())
+    assert sum(map(sum, result["confusion"])) == len(noise.test.labels)
 
 
 def classifier_run(strategy, seed, test, checks, best=2, labels=10):
@@ -2292,10 +2293,12 @@ def test_the_confusion_matrix_is_that_of_the_strategy_that_is_best_in_validation
 
 
 def test_the_figure_of_differences_shows_each_seed_and_the_interval():
-    runs = CLASSIFIER_RUNS[:4]
+    runs = [*CLASSIFIER_RUNS[:4], classifier_run("frozen", 0, 0.3, {2: 1.0})]
     few = [{**run, "config": {**run["config"], "labels": 5}} for run in runs]
-    (axes,) = classifier.plot_differences([*runs, *few]).axes
-    assert axes.get_title() == "finetune minus scratch" and axes.get_xlim() == (-0.5, 1.5)
+    axes, frozen = classifier.plot_differences([*runs, *few]).axes
+    assert axes.get_title() == "finetune minus scratch"
+    assert frozen.get_title() == "frozen minus scratch"
+    assert axes.get_xlim() == frozen.get_xlim() == (-0.5, 1.5)
     points = [list(line.get_ydata()) for line in axes.lines]
     for expected in ([0, 0], [0.1, 0.3], [0.2]):  # zero, the seeds, the mean
         assert pytest.approx(expected) in points
