@@ -124,7 +124,8 @@ def load(folder):
 
 
 def label_subset(labels, count, seed):
-    """Indices of `count` images, classes in equal shares. A larger count holds a smaller one's."""
+    """Indices of `count` images, of each class as many where there are as many. A larger count
+    holds a smaller one's."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels.cpu()[order]
     # The rank of each image within its own class: 1 for the first of every class, then 2, ...
@@ -133,8 +134,8 @@ def label_subset(labels, count, seed):
 
 
 def labelled(split, config):
-    """The training split cut to `config.labels` images. These are repeated until an epoch has
-    `epoch_images`: few images alone would make few steps."""
+    """The training split cut to `config.labels` images. These are repeated until an epoch has at
+    least `epoch_images`: few images alone would make few steps."""
     chosen = label_subset(split.labels, config.labels, config.seed)
     chosen = chosen.repeat(math.ceil(config.epoch_images / config.labels))
     return common.Split(split.images[chosen], split.labels[chosen])
@@ -190,13 +191,15 @@ def evaluate(model, data):
 
 
 def accuracy_of(run, name):
-    """A run's "accuracy" or "one_view_accuracy" in test, "val_accuracy" in validation with the
-    weights that are kept, or "first_val_accuracy" in the first, after epoch 1 if none is left out.
-    """
-    if not name.endswith("val_accuracy"):
+    """A run's "accuracy" or "one_view_accuracy" in test, its "val_accuracy" in validation with the
+    weights that are kept, or its "first_val_accuracy" in the first validation."""
+    if name in run["test"]:
         return run["test"][name]
     val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
-    return val[run["best_epoch"] if name == "val_accuracy" else min(val)]
+    epoch = run["best_epoch"]
+    if name == "first_val_accuracy":
+        epoch = min(val)
+    return val[epoch]
 
 
 def differences(groups, labels, strategy, base, name):

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -57,8 +58,9 @@ class Config:
     val_every: int = option(1, "epochs from one validation to the next", low=1)
     patience: int = option(0, "epochs without progress after which to stop; 0: never", low=0)
     min_delta: float = option(1e-3, "least fall of the validation loss that is progress", low=0)
-    # An epoch draws with the seed 100,000 * seed + epoch, of which the generator takes 32 bits.
-    seed: int = option(0, "seed of initial weights, batches and noise", low=0, high=42_000)
+    # An epoch draws with the seed 100,000 * seed + epoch, of which the generator takes 32 bits:
+    # with up to 1,000 --seeds these are different ones.
+    seed: int = option(0, "seed of initial weights, batches and noise", low=0, high=41_000)
 
 
 def options(config_class):
@@ -148,6 +150,8 @@ def cli(main):
     except BrokenPipeError:  # of `| head`: nobody reads on, not even what Python says at its exit
         os._exit(1)
     except OSError as error:  # of a full disk, a folder that is read-only
+        if error.errno is None:  # not of the operating system
+            raise
         sys.exit(f"{error}: check space and permissions, or give another folder")
 
 
@@ -513,16 +517,17 @@ def check_origin(saved, config, path, code_hash=None):
 
 @functools.cache  # a file that is edited during a study does not change what the study runs
 def source(thing):
-    """The source code of a class or function, without comments and what docstrings say."""
+    """The syntax of a class or function as text, without comments and what docstrings say."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = None
-    return ast.unparse(tree)
+    # Whether empty lists are shown depends on Python's version.
+    return re.sub(r"\w+=\[\]|[ ,]", "", ast.dump(tree))
 
 
 def hash_code(model):
-    """A hash of the code that makes the weights: the model's own classes and the training loop."""
+    """A hash of the code that trains: the model's own classes and the training loop."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     own = [item for item in classes if item.__module__.split(".")[0] not in ("torch", "builtins")]
     loop = [train_loop, test_loop, learning_rate, best_epoch, stops_early, forward]
@@ -538,7 +543,7 @@ def is_complete(folder):
 def run(model, data, config, args, folder, evaluate):
     """Trains `model`, evaluates it, and writes losses.csv, metrics.json and model.pt to `folder`.
     `evaluate(model, data)` gives metrics, those of the test set as "test". With --resume an
-    unfinished run goes on and a complete one is kept. --eval trains and writes nothing."""
+    unfinished run goes on and a complete one is kept. With --eval nothing is trained or written."""
     if args.eval:
         confirm(model, data, config, folder, evaluate)
         return
@@ -603,7 +608,8 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun numbers its processes
 
 
 def share_out(runs, args):
-    """Yields the runs {folder: config} of this process: all or, under torchrun, every n-th."""
+    """Yields the runs {folder: config} of this process: all or, under torchrun, every n-th. With
+    --eval those that have a model.pt."""
     if args.eval:
         saved = {folder: runs[folder] for folder in runs if (folder / "model.pt").exists()}
         print(f"{len(saved)} of {len(runs)} runs have a model.pt", flush=True)
@@ -628,9 +634,12 @@ def read_runs(runs, args):
             complete.append({"folder": folder.name, **saved})
     # More than one: an older run is to be replaced, or measured other things.
     codes = {(run.get("code"), *run["test"]) for run in complete}
-    if len(complete) < len(runs) or len(codes) > 1:
-        done = f"{len(complete)} of {len(runs)} runs complete"
-        print(f"no summary yet: {done}, versions of their code: {len(codes)}")
+    done = f"{len(complete)} of {len(runs)} runs complete"
+    if len(complete) < len(runs):
+        print(f"no summary yet: {done}")
+        return None
+    if len(codes) > 1:
+        print(f"no summary yet: {done}, but some by other code: train those again, or use --out")
         return None
     return complete
 
@@ -663,7 +672,8 @@ def group(runs, names):
 
 
 def summarize(runs, names):
-    """A row for each setting: the values of `names`, n, and each test metric over the seeds."""
+    """A row for each setting: the values of `names`, n, the count of parameters, and each test
+    metric over the seeds."""
     summary = []
     for setting, same in group(runs, names).items():
         row = {**dict(zip(names, setting)), "n": len(same), "parameters": same[0]["parameters"]}

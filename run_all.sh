@@ -24,9 +24,9 @@ HELP
   fi
 done
 
-has_packages() { # those that the scripts import; the version is that of requirements.txt
+has_packages() { # those of requirements.txt; torchvision's release belongs to torch's
   "$1" -c 'import matplotlib, torch, torchvision
-assert torch.__version__ >= "2.9"' 2>/dev/null
+assert torch.__version__ >= "2.9" and matplotlib.__version_info__ >= (3, 8)' 2>/dev/null
 }
 
 venv=$here/.venv
@@ -48,11 +48,14 @@ if [ "$python" = none ]; then
 fi
 
 # The flags are checked and the data is fetched now, not by three scripts and their processes.
-status=0
-"$python" - "$here" "$@" <<'CHECK' || status=$?
+check() { # prints how many processes to run, and the threads of each
+  "$python" - "$here" "$@" <<'CHECK'
+import contextlib
 import sys
 
 sys.path[0] = sys.argv.pop(1)
+import torch
+
 import common
 
 
@@ -61,40 +64,42 @@ def check():
     parser.prog = "run_all.sh"
     args = common.parse_args(parser, common.Config)
     try:
-        common.load_data(args.data, args.device)
+        with contextlib.redirect_stdout(sys.stderr):
+            common.load_data(args.data, args.device)
     except SystemExit as error:
         print(error, file=sys.stderr)
-        nowhere = not any(args.data.glob("FashionMNIST/raw/*-ubyte")) and not common.DEBIAN.exists()
-        sys.exit(3 if nowhere else 1)
+        sys.exit(3 if "no download" in str(error) else 1)
+    # One process per GPU, else one per core, at most four. A process with one thread is the most
+    # efficient: on two cores two of them get a third more done than one with two threads.
+    threads = torch.get_num_threads()
+    processes = {"cpu": min(threads, 4), "mps": 1, "cuda": torch.cuda.device_count()}
+    count = processes[args.device.type]
+    print(count, max(1, threads // count))
 
 
 common.cli(check)
 CHECK
+}
 
 as_root() {
   if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi
 }
-if [ "$status" -eq 3 ]; then
+status=0
+shares=$(check "$@") || status=$?
+if [ "$status" -eq 3 ]; then # there was no download
   as_root apt-get --version >/dev/null 2>&1 || exit 1
   echo "installing the Debian package dataset-fashion-mnist"
   as_root apt-get update -qq || true # one broken source of several does not matter
   as_root apt-get install -y -qq dataset-fashion-mnist >/dev/null || exit 1
+  shares=$(check "$@") || exit 1
 elif [ "$status" -ne 0 ]; then
   exit "$status"
 fi
+read -r processes threads <<<"$shares"
 
 # glibc would give the memory of each step back to the system and fault it in again: up to a tenth
 # of the time.
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
-
-# The studies run in one process per GPU, else one per core, at most four. A process with one
-# thread is the most efficient: on two cores two of them get a third more done than one process
-# with two threads.
-read -r processes threads < <("$python" -c 'import torch
-threads = torch.get_num_threads()
-single = torch.backends.mps.is_available()
-processes = torch.cuda.device_count() or (1 if single else min(threads, 4))
-print(processes, max(1, threads // processes))')
 
 study() { # SCRIPT [ARGUMENT ...]
   if [ "$processes" -eq 1 ]; then

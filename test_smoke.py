@@ -1164,6 +1164,21 @@ def test_the_base_class_of_a_model_counts_as_its_code_and_its_docstrings_do_not(
     assert common.hash_code(subclass(words)) == original != common.hash_code(subclass(code))
 
 
+def test_what_is_hashed_of_code_is_the_same_for_every_release_of_python():
+    def swap(pair):
+        """Words."""
+        a, b = pair  # a comment
+        return b, a
+
+    argument = "args=arguments(args=[arg(arg='pair')])"
+    assigned = "Assign(targets=[Tuple(elts=[Name(id='a'ctx=Store())Name(id='b'ctx=Store())]"
+    returned = "Return(value=Tuple(elts=[Name(id='b'ctx=Load())Name(id='a'ctx=Load())]ctx=Load()))"
+    assert common.source(swap) == (
+        f"Module(body=[FunctionDef(name='swap'{argument}body=[Expr(value=Constant(value=None))"
+        f"{assigned}ctx=Store())]value=Name(id='pair'ctx=Load())){returned}])])"
+    )
+
+
 def test_an_out_that_is_a_file_ends_in_one_line(flags, tmp_path):
     (tmp_path / "out").write_text("mine")
     message = failure(common.cli, lambda: vae.main(flags))
