@@ -2369,7 +2369,8 @@ def test_the_readmes_example_study_and_its_use_of_weights_run(
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(use.replace("labels50000", "labels200"), names)
-    assert names["grid"].shape == (256, 1, 28, 28) and names["vectors"].numpy().shape == (10, 32)
+    assert names["samples"].shape == (10, 1, 28, 28)
+    assert names["vectors"].numpy().shape == (10, 32)
     predicted = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
     assert len(predicted) == 10 and set(predicted) <= set(common.CLASSES)
 
