@@ -54,8 +54,8 @@ class Config(common.Config):
 
 
 class Classifier(nn.Module):
-    """Images (B, 1, 28, 28) in [0, 1] to logits (B, 10). The head sits on the encoder's features,
-    not on the latent vector behind them, where a frozen encoder validated worse."""
+    """Images (B, 1, 28, 28) in [0, 1] to logits (B, 10). The head takes the encoder's features, not
+    the latent vector made of them: with that, a frozen encoder validated worse."""
 
     bf16 = True  # see common.forward
 
@@ -124,8 +124,8 @@ def load(folder):
 
 
 def label_subset(labels, count, seed):
-    """Indices of `count` images, of each class as many where there are as many. A larger count
-    holds a smaller one's."""
+    """Indices of `count` images, the same number of each class until one runs out. The indices of
+    a smaller count are the first of a larger one's."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels.cpu()[order]
     # The rank of each image within its own class: 1 for the first of every class, then 2, ...
@@ -150,7 +150,8 @@ def load_encoders(args):
         if path.suffix != ".pt" and not path.is_file():
             path = path / f"latent{args.latent:03d}-seed{seed}" / "model.pt"
         if not path.exists():
-            advice = f"train it with conv_ae.py (--latents {args.latent}), or give --encoder"
+            flags = f"--latents {args.latent} --seed {args.seed} --seeds {len(args.seeds)}"
+            advice = f"run conv_ae.py {flags} --out DIR, then give --encoder DIR/conv_ae"
             sys.exit(f"there is no autoencoder {path} of seed {seed}: {advice}")
         autoencoder = conv_ae.Autoencoder(args.latent)
         common.read(path, model=autoencoder)
@@ -196,10 +197,8 @@ def accuracy_of(run, name):
     if name in run["test"]:
         return run["test"][name]
     val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
-    epoch = run["best_epoch"]
-    if name == "first_val_accuracy":
-        epoch = min(val)
-    return val[epoch]
+    epochs = {"val_accuracy": run["best_epoch"], "first_val_accuracy": min(val)}
+    return val[epochs[name]]
 
 
 def differences(groups, labels, strategy, base, name):

@@ -140,7 +140,7 @@ def parse_args(parser, config_class, argv=None):
 
 
 def cli(main):
-    """Calls a script's `main`. Ctrl-C and a closed pipe end in one line at most."""
+    """Calls a script's `main`. Ctrl-C, a closed pipe and a failing disk end in one line at most."""
     try:
         main()
         sys.stdout.flush()
@@ -632,7 +632,7 @@ def read_runs(runs, args):
         saved = read(folder / "metrics.json") if is_complete(folder) else {}
         if saved.get("config") == as_json(vars(config)):
             complete.append({"folder": folder.name, **saved})
-    # More than one: an older run is to be replaced, or measured other things.
+    # By other code: an older run that is still to be replaced, or one that measured other things.
     codes = {(run.get("code"), *run["test"]) for run in complete}
     done = f"{len(complete)} of {len(runs)} runs complete"
     if len(complete) < len(runs):
@@ -667,7 +667,10 @@ def group(runs, names):
     """The runs by setting, {values of the config's `names`: runs}, sorted."""
     groups = defaultdict(list)
     for run in runs:
-        groups[tuple(run["config"][name] for name in names)].append(run)
+        values = [run["config"][name] for name in names]
+        # A hyperparameter that is a tuple comes out of JSON as a list, which is no key.
+        setting = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        groups[setting].append(run)
     return dict(sorted(groups.items()))
 
 
@@ -687,20 +690,23 @@ def format_cell(row, name):
     """A mean with four significant digits, then its standard deviation. A difference has its 95%
     interval in brackets, and as many decimals as give two digits of the interval's half width."""
     value = row[name]
-    if value is None or isinstance(value, str):
-        return value or ""
+    if value is None:
+        return ""
     if isinstance(value, int):
         return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
     metric = name.removesuffix("_mean")
     std, ci = row.get(f"{metric}_std"), row.get(f"{metric}_ci")
     if "_minus_" in name and ci is not None:
-        decimals = max(0, 1 - math.floor(math.log10(max(ci, 1e-6))))  # 0 where all seeds agree
+        # ci is 0 where all seeds agree.
+        decimals = max(0, 1 - math.floor(math.log10(max(ci, 1e-6))))
         rounded = [round(x, decimals) + 0.0 for x in (value, value - ci, value + ci)]  # no "-0.0"
         mean, low, high = (f"{x:.{decimals}f}" for x in rounded)
         return f"{mean} [{low}, {high}]"
     text = f"{value:.4g}"
     if name.endswith("_mean"):  # zeros at the end are digits too
-        text = f"{value:#.4g}"
+        text = f"{value:#.4g}".removesuffix(".")
     if std is None:
         return text
     if "e" in text:  # too large or small for decimals

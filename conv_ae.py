@@ -32,7 +32,7 @@ class Features(nn.Sequential):
 
     def __init__(self):
         # Pooling first leaves a quarter of the work. With the default momentum of 0.1 the
-        # statistics of a short run would lag.
+        # statistics of a classifier's short run would lag.
         super().__init__(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.MaxPool2d(2),  # to 14x14

@@ -9,7 +9,7 @@ for argument in "$@"; do
 usage: bash run_all.sh [ARGUMENT ...]
 
 Trains everything: vae.py with one seed, conv_ae.py and classifier.py with three. Takes about half
-an hour on two cores that are fast in bfloat16, else an hour and a half, and 2 GB of memory a core.
+an hour on two cores that are fast in bfloat16, else an hour and a half, and 2 GB of memory a process.
 Where the active Python lacks torch 2.9, torchvision or matplotlib, requirements.txt is installed
 into .venv beside this file. Where the dataset is missing, it is downloaded or, failing that,
 installed as a Debian package. The arguments go to all three scripts, so they must be flags that
@@ -42,7 +42,10 @@ if [ "$python" = none ]; then
       echo "there is no python3 of version 3.10 or newer: put one first in PATH" >&2
       exit 1
     }
-    python3 -m venv "$venv"
+    python3 -m venv "$venv" || {
+      echo "$venv can't be used: move it away" >&2
+      exit 1
+    }
   fi
   "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip
   "$python" -m pip install --quiet -r "$here/requirements.txt"
