@@ -632,13 +632,12 @@ def read_runs(runs, args):
         saved = read(folder / "metrics.json") if is_complete(folder) else {}
         if saved.get("config") == as_json(vars(config)):
             complete.append({"folder": folder.name, **saved})
-    # By other code: an older run that is still to be replaced, or one that measured other things.
     codes = {(run.get("code"), *run["test"]) for run in complete}
     done = f"{len(complete)} of {len(runs)} runs complete"
     if len(complete) < len(runs):
         print(f"no summary yet: {done}")
         return None
-    if len(codes) > 1:
+    if len(codes) > 1:  # an older run is still to be replaced, or measured other things
         print(f"no summary yet: {done}, but some by other code: train those again, or use --out")
         return None
     return complete

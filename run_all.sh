@@ -9,11 +9,11 @@ for argument in "$@"; do
 usage: bash run_all.sh [ARGUMENT ...]
 
 Trains everything: vae.py with one seed, conv_ae.py and classifier.py with three. Takes about half
-an hour on two cores that are fast in bfloat16, else an hour and a half, and 2 GB of memory a process.
-Where the active Python lacks torch 2.9, torchvision or matplotlib, requirements.txt is installed
-into .venv beside this file. Where the dataset is missing, it is downloaded or, failing that,
-installed as a Debian package. The arguments go to all three scripts, so they must be flags that
-all three have:
+an hour on two cores that are fast in bfloat16, else an hour and a half, and 2 GB of memory a
+process. Where the active Python lacks torch 2.9, torchvision or matplotlib, requirements.txt is
+installed into .venv beside this file. Where the dataset is missing, it is downloaded or, failing
+that, installed as a Debian package. The arguments go to all three scripts, so they must be flags
+that all three have:
 
   bash run_all.sh                           into the folder results, in the place of what is there
   bash run_all.sh --eval                    only checks the saved weights
