@@ -631,6 +631,7 @@ def read_runs(runs, args):
     for folder, config in runs.items():
         saved = read(folder / "metrics.json") if is_complete(folder) else {}
         if saved.get("config") == as_json(vars(config)):
+            saved["config"] = vars(config)  # in which a tuple is not a list
             complete.append({"folder": folder.name, **saved})
     codes = {(run.get("code"), *run["test"]) for run in complete}
     done = f"{len(complete)} of {len(runs)} runs complete"
@@ -666,10 +667,7 @@ def group(runs, names):
     """The runs by setting, {values of the config's `names`: runs}, sorted."""
     groups = defaultdict(list)
     for run in runs:
-        values = [run["config"][name] for name in names]
-        # A hyperparameter that is a tuple comes out of JSON as a list, which is no key.
-        setting = tuple(tuple(value) if isinstance(value, list) else value for value in values)
-        groups[setting].append(run)
+        groups[tuple(run["config"][name] for name in names)].append(run)
     return dict(sorted(groups.items()))
 
 

@@ -936,7 +936,8 @@ def test_eval_confirms_every_run_and_writes_nothing(script, again, tmp_path, cap
     script.main([*again[script], "--eval"])
     printed = capsys.readouterr().out
     folders = [path.parent for path in (tmp_path / "out" / script.__name__).glob("*/model.pt")]
-    assert printed.count(": confirmed: ") == len(folders) > 1
+    assert printed.count(": confirmed: ") == len(folders)
+    assert len(folders) == {vae: 2, conv_ae: 4, classifier: 12}[script]
     assert all(f"{folder}: confirmed: loss" in printed for folder in folders)
     assert files(tmp_path / "out") == before
     if script is not vae:
@@ -1096,6 +1097,10 @@ def test_a_hyperparameter_may_be_a_tuple(flags, tmp_path, capsys, monkeypatch, n
     vae.main([*flags, "--resume"])
     assert "seed0: complete" in capsys.readouterr().out
     vae.main([*flags, "--eval"])
+    runs = {tmp_path / "out/vae/seed0": Config(epochs=2, batch_size=50)}
+    complete = common.read_runs(runs, SimpleNamespace(eval=False))
+    (row,) = common.summarize(complete, ["hidden"])  # a study over it
+    assert row["hidden"] == (16, 8) and common.format_cell(row, "hidden") == "(16, 8)"
 
 
 def test_resume_refuses_a_checkpoint_of_another_config_by_name(flags, monkeypatch):
@@ -1231,9 +1236,6 @@ def test_a_summary_has_a_row_for_each_setting_with_means_over_its_seeds():
     assert list(summary[0]) == list(keys)
     (row,) = common.summarize(runs[:3:2], [])
     assert list(row.values()) == [2, *rows[2][3:]]
-    # A hyperparameter that is a tuple, as JSON gives it back.
-    (row,) = common.summarize([fake_run({"loss": 1.0}, size=[8, 4], seed=0)], ["size"])
-    assert row["size"] == (8, 4) and common.format_cell(row, "size") == "(8, 4)"
     assert set(common.mean_std_ci("x", []).values()) == {None}
     infinite = common.mean_std_ci("x", [math.inf, 1.0])
     assert list(infinite.values()) == [math.inf, None, None]
@@ -1541,7 +1543,7 @@ class SimulatedMPS(torch.overrides.TorchFunctionMode):
     [
         (vae, []),
         (conv_ae, ["--latents", "32", "--seeds", "1"]),
-        (classifier, ["--labels", "20", "--epoch-images", "40", "--epochs", "1", "--seeds", "1"]),
+        (classifier, ["--labels", "20", "--seeds", "1", "--epochs", "1", "--epoch-images", "40"]),
     ],
 )
 def test_a_run_on_a_simulated_mac_is_confirmed_by_the_cpu(
@@ -2338,7 +2340,7 @@ def test_an_encoder_that_is_missing_damaged_or_of_another_size_is_named(
     argv = [*flags, "--labels", "20", "--seed", "4", "--seeds", "1", "--latent", "5"]
     message = failure(classifier.main, argv)
     assert str(tmp_path / "out" / "conv_ae" / "latent005-seed4" / "model.pt") in message
-    assert "run conv_ae.py --latents 5 --seed 4 --seeds 1 --out" in message
+    assert "of seed 4: run conv_ae.py --latents 5 --seed 4 --seeds 1 --out" in message
     assert str(studies.encoder) in failure(
         classifier.main, [*argv, "--encoder", str(studies.encoder)]
     )
