@@ -1589,21 +1589,38 @@ def clusters(train=120, val=90, test=70):
     return common.Data(splits[0], splits[1], common.Split(splits[2].images, labels))
 
 
-def test_the_vae_is_the_given_network_with_kaiming_initialisation():
-    model = vae.VAE(vae.Config())
+def random_vae(**changes):
+    """A VAE whose output depends on z, unlike that of a VAE before its first step."""
+    model = vae.VAE(vae.Config(**changes))
+    nn.init.kaiming_normal_(model.decoder[-3].weight)
+    return model
+
+
+def test_the_vae_is_the_given_network():
+    model = random_vae()
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     shapes = [(784, 128), (128, 64), (64, 8), (64, 8), (8, 64), (64, 128), (128, 784)]
     assert [(layer.in_features, layer.out_features) for layer in layers] == shapes
     slopes = [layer.negative_slope for layer in model.modules() if isinstance(layer, nn.LeakyReLU)]
     assert slopes == [0.01] * 4
-    for layer in layers:
-        std = math.sqrt(2 / (1 + 0.01**2) / layer.in_features)
-        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
-        assert not layer.bias.any()
     images = torch.rand(5, 1, 28, 28)
     reconstruction, mu, logvar = model(images)
     assert reconstruction.shape == images.shape and mu.shape == logvar.shape == (5, 8)
     assert reconstruction.min() >= 0 and reconstruction.max() <= 1
+
+
+def test_the_vae_starts_from_centred_images_and_a_dark_grey_output_elsewhere_with_kaiming():
+    model = vae.VAE(vae.Config())
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers[:-1]:
+        std = math.sqrt(2 / (1 + 0.01**2) / layer.in_features)
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert layer.weight.requires_grad and layer.bias.requires_grad
+    assert not any(layer.bias.any() for layer in layers[1:-1])
+    mean_image = torch.full((1, 1, 28, 28), 0.286)
+    assert model.encoder[:2](mean_image).abs().max() < 1e-5
+    grey = torch.full((3, 1, 28, 28), 1 / (1 + math.exp(2)))
+    assert torch.allclose(model.decode(torch.randn(3, 8)), grey)
 
 
 def test_the_kl_is_that_of_torch_distributions():
@@ -1615,7 +1632,7 @@ def test_the_kl_is_that_of_torch_distributions():
 
 
 def test_the_vaes_loss_is_l1_plus_alpha_times_the_kl_summed_over_dimensions(monkeypatch):
-    model, images = vae.VAE(vae.Config(alpha=0.25)), torch.rand(5, 1, 28, 28)
+    model, images = random_vae(alpha=0.25), torch.rand(5, 1, 28, 28)
     monkeypatch.setattr(torch, "randn", torch.zeros)  # z = mu
     losses = model.loss(images, None)
     mu, logvar = model.encode(images)
@@ -1650,7 +1667,7 @@ def test_latent_samples_have_the_moments_of_the_posterior_and_pass_gradients():
 
 
 def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_index():
-    data, model = clusters(), vae.VAE(vae.Config())
+    data, model = clusters(), random_vae()
     result = vae.evaluate(model, data)
     test = result["test"]
     with torch.no_grad():
@@ -1672,7 +1689,7 @@ def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_ind
 
 
 def test_the_loss_without_the_bounds_and_the_images_at_a_bound_are_measured():
-    data, model = clusters(), vae.VAE(vae.Config())
+    data, model = clusters(), random_vae()
     at_bound = 0
     with torch.no_grad():
         model.mu.bias[0], model.logvar.bias[1] = 9, 0.5
@@ -1693,7 +1710,7 @@ def test_the_loss_without_the_bounds_and_the_images_at_a_bound_are_measured():
 
 def test_the_test_loss_has_a_standard_deviation_over_noise_and_over_images(monkeypatch):
     monkeypatch.setattr(common.loss_std, "__defaults__", (20,))
-    data, model, losses = clusters(test=400), vae.VAE(vae.Config()), []
+    data, model, losses = clusters(test=400), random_vae(), []
     deviations = vae.evaluate(model, data)["loss_std"]
     with torch.no_grad():
         for _ in range(100):
@@ -1866,7 +1883,7 @@ def test_the_explorer_page_moves_and_decodes_like_the_model_in_a_browser(data, t
     browser = next(filter(None, map(shutil.which, names)), None)
     if not browser:
         pytest.skip("there is no Chromium here")
-    model, path = vae.VAE(vae.Config()), tmp_path / "page.html"
+    model, path = random_vae(), tmp_path / "page.html"
     model.decoder[1], model.decoder[3] = nn.ReLU(), nn.LeakyReLU(0.3)
     with torch.no_grad():
         mu, logvar = model.encode(data.test.images)
