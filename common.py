@@ -440,12 +440,14 @@ def baselines(data, sizes):
 
 def discriminant_plane(vectors, labels):
     """An orthonormal basis (2, D) of the plane in which the classes of `vectors` (N, D) are apart
-    the most in relation to their spread: linear discriminant analysis (Fisher, 1936)."""
+    the most in relation to their spread: linear discriminant analysis (Fisher, 1936). No
+    variance counts as less than a tenth of the largest, or an unused latent dimension, with almost
+    none, would decide the plane."""
     vectors, labels = vectors.cpu().double(), labels.cpu()
     means = class_means(vectors, labels)
     spread = vectors - means[labels]
     variances, axes = torch.linalg.eigh(spread.T @ spread / len(spread))
-    whiten = axes / variances.clamp(min=1e-12).sqrt()
+    whiten = axes / variances.clamp(min=0.1 * variances.max() + 1e-12).sqrt()
     directions = torch.linalg.svd((means - means.mean(0)) @ whiten).Vh[:2]
     basis = torch.linalg.qr(whiten @ directions.T).Q.T.float()
     return F.pad(basis, (0, 0, 0, 2 - len(basis)))  # of one dimension: the other is nothing

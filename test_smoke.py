@@ -1965,6 +1965,9 @@ def test_the_plane_of_the_map_is_that_of_fishers_discriminants():
     plane = common.discriminant_plane(vectors @ directions.T, labels)
     assert torch.allclose(plane @ plane.T, torch.eye(2), atol=1e-5)
     assert torch.allclose(plane.T @ plane, directions[:, :2] @ directions[:, :2].T, atol=0.1)
+    unused = 1e-3 * (torch.randn(10)[labels] + torch.randn(2000) / 9)  # a latent dimension's mu
+    plane = common.discriminant_plane(torch.column_stack([vectors, unused]), labels)
+    assert plane[:, 5].abs().max() < 0.01
     one = common.discriminant_plane(torch.randn(100, 1), torch.arange(100) % 10)
     assert one.abs().tolist() == [[1.0], [0.0]]
 
