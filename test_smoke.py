@@ -846,9 +846,9 @@ def test_a_failed_evaluation_loses_no_training(flags, tmp_path, capsys, monkeypa
 RUN_KEYS = {"config", "environment", "parameters", "epochs_run", "best_epoch", "train_seconds"}
 TEST_KEYS = {
     vae: {
-        *("loss", "recon", "kl", "kl_max", "loss_unbounded", "images_at_bound"),
-        *("latent_knn_accuracy", "nearest_reconstruction", "nearest_midpoint", "nearest_blend"),
-        *("nearest_sample", "step_ratio"),
+        *("loss", "recon", "kl", "kl_max", "active_dimensions", "loss_unbounded"),
+        *("images_at_bound", "latent_knn_accuracy", "nearest_reconstruction"),
+        *("nearest_midpoint", "nearest_blend", "nearest_sample", "step_ratio"),
     },
     conv_ae: {"loss", "mse", "l1", "latent_knn_accuracy"},
     classifier: {"loss", "accuracy"},
@@ -1668,6 +1668,7 @@ def test_latent_samples_have_the_moments_of_the_posterior_and_pass_gradients():
 
 def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_index():
     data, model = clusters(), random_vae()
+    nn.init.zeros_(model.mu.weight[3:5])  # mu no longer depends on the image
     result = vae.evaluate(model, data)
     test = result["test"]
     with torch.no_grad():
@@ -1682,6 +1683,7 @@ def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_ind
         assert row == [guesses.eq(guess).sum().item() for guess in range(10)]
     kl = -0.5 * (1 + logvar - mu**2 - logvar.exp())
     assert result["kl_dimensions"] == pytest.approx(kl.mean(0).tolist(), rel=1e-5)
+    assert test["active_dimensions"] == 6
     kl = kl.sum(1)
     assert test["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
     assert test["kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)

@@ -128,6 +128,8 @@ def evaluate(model, data):
     mu, logvar = model.encode(images)
     kl = model.kl(mu, logvar)  # (N, latent)
     test["kl_max"] = kl.sum(1).max().item()
+    # An "active unit" of Burda et al. (2016, arXiv:1509.00519): its mu varies between images.
+    test["active_dimensions"] = (mu.var(0) > 0.01).sum().item()
     model.bounded = False
     test["loss_unbounded"] = common.test_loop(model, data.test)["loss"]
     free_mu, free_logvar = model.encode(images)
