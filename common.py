@@ -440,9 +440,9 @@ def baselines(data, sizes):
 
 def discriminant_plane(vectors, labels):
     """An orthonormal basis (2, D) of the plane in which the classes of `vectors` (N, D) are apart
-    the most in relation to their spread: linear discriminant analysis (Fisher, 1936). No
-    variance counts as less than a tenth of the largest, or an unused latent dimension, with almost
-    none, would decide the plane."""
+    the most in relation to their spread: linear discriminant analysis (Fisher, 1936).
+    Variances within the classes below a tenth of the largest are raised to it. Otherwise a
+    dimension that is nearly constant would decide the plane."""
     vectors, labels = vectors.cpu().double(), labels.cpu()
     means = class_means(vectors, labels)
     spread = vectors - means[labels]

@@ -1668,7 +1668,10 @@ def test_latent_samples_have_the_moments_of_the_posterior_and_pass_gradients():
 
 def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_index():
     data, model = clusters(), random_vae()
-    nn.init.zeros_(model.mu.weight[3:5])  # mu no longer depends on the image
+    with torch.no_grad():
+        scale = model.encode(data.test.images)[0].std(0)
+        model.mu.weight[3] *= 0.05 / scale[3]  # variances of 0.0025 and 0.0225, about 0.01
+        model.mu.weight[4] *= 0.15 / scale[4]
     result = vae.evaluate(model, data)
     test = result["test"]
     with torch.no_grad():
@@ -1683,7 +1686,7 @@ def test_the_vaes_evaluation_is_that_of_the_test_set_with_training_images_as_ind
         assert row == [guesses.eq(guess).sum().item() for guess in range(10)]
     kl = -0.5 * (1 + logvar - mu**2 - logvar.exp())
     assert result["kl_dimensions"] == pytest.approx(kl.mean(0).tolist(), rel=1e-5)
-    assert test["active_dimensions"] == 6
+    assert test["active_dimensions"] == 7
     kl = kl.sum(1)
     assert test["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
     assert test["kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
@@ -1967,6 +1970,14 @@ def test_the_plane_of_the_map_is_that_of_fishers_discriminants():
     plane = common.discriminant_plane(vectors @ directions.T, labels)
     assert torch.allclose(plane @ plane.T, torch.eye(2), atol=1e-5)
     assert torch.allclose(plane.T @ plane, directions[:, :2] @ directions[:, :2].T, atol=0.1)
+    spread = torch.tensor([1.0, 1, 2, 2, 2])  # the means of the last three are apart the most
+    vectors = spread * (torch.randn(2000, 5) + torch.randn(10, 5)[labels])
+    means = torch.stack([vectors[labels == label].mean(0) for label in range(10)])
+    within = torch.cov((vectors - means[labels]).T)
+    values, axes = torch.linalg.eig(torch.linalg.solve(within, torch.cov(means.T)))
+    best = torch.linalg.qr(axes.real[:, values.real.argsort(descending=True)[:2]]).Q
+    plane = common.discriminant_plane(vectors, labels)
+    assert torch.allclose(plane.T @ plane, best @ best.T, atol=0.01)
     unused = 1e-3 * (torch.randn(10)[labels] + torch.randn(2000) / 9)  # a latent dimension's mu
     plane = common.discriminant_plane(torch.column_stack([vectors, unused]), labels)
     assert plane[:, 5].abs().max() < 0.01
