@@ -65,9 +65,10 @@ class VAE(nn.Module):
             nn.init.zeros_(layer.bias)
         # The loss falls faster from a first bias that centres the images (their mean pixel is
         # 0.286) and from the same output for every z: each pixel sigmoid(-2) = 0.12.
-        linears[0].bias.data = -0.286 * linears[0].weight.data.sum(1)
-        nn.init.zeros_(linears[-1].weight)
-        nn.init.constant_(linears[-1].bias, -2)
+        first, last = linears[0], linears[-1]
+        first.bias.data = -0.286 * first.weight.data.sum(1)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, -2)
 
     def encode(self, images):
         """mu and logvar, each (B, latent), clamped to [-10, 10] and [-20, 1].
@@ -153,9 +154,11 @@ def decode_lines(model, data):
     generator = torch.Generator().manual_seed(0)
     pairs = torch.randint(len(mu), (3 * COUNT // 2, 2), generator=generator)
     labels = data.test.labels[pairs].cpu()
-    pairs = pairs[labels[:, 0] != labels[:, 1]][:COUNT]  # a tenth are of one class
+    different = labels[:, 0] != labels[:, 1]  # a tenth are of one class
+    pairs = pairs[different][:COUNT]
     start, end = mu[pairs.T]
-    return torch.stack([model.decode(start.lerp(end, i / 8)) for i in range(9)])
+    images = [model.decode(start.lerp(end, i / 8)) for i in range(9)]
+    return torch.stack(images)
 
 
 def measure_lines(model, data):
@@ -237,8 +240,9 @@ def plot_latent_pairs(model, data, kl, means):
             axes.label_outer()
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in common.COLORS]
     place = "upper right" if size > 4 else "outside right upper"
-    title = f"{len(points):,} test images,\n{len(dimensions)} of {len(kl)} dimensions"
-    figure.legend(dots, common.CLASSES, loc=place, title=f"{title},\ncircles: class means")
+    shown = f"{len(dimensions)} of {len(kl)} dimensions"
+    title = f"{len(points):,} test images,\n{shown},\ncircles: class means"
+    figure.legend(dots, common.CLASSES, loc=place, title=title)
     return figure
 
 
