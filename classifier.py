@@ -2,52 +2,43 @@
 scratch?
 
     python conv_ae.py --latents 32 --seeds 5    # the encoders, pre-trained without labels
-    python classifier.py --seeds 5              # 50,000 labels, fine-tuned: accuracy 0.939 (n=5)
+    python classifier.py --seeds 5
 """
 
-import hashlib
+import itertools
 import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import PowerNorm
 from torch import nn
 from torch.nn import functional as F
 
 import common
 import conv_ae
+from common import CLASSES, COLORS, option
 
-STYLE = {  # of the curves, by strategy
-    "scratch": ("o-", common.COLORS[0]),
-    "finetune": ("^-", common.COLORS[2]),
-    "frozen": ("s--", common.COLORS[1]),
-}
-# The differences in the summary: of which accuracy, to which strategy.
-COMPARED = [
-    ("accuracy", "scratch"),
-    ("one_view_accuracy", "scratch"),
-    ("val_accuracy", "scratch"),
-    ("first_val_accuracy", "scratch"),
-    ("accuracy", "frozen"),
-]
+STRATEGIES = {"scratch": COLORS[0], "finetune": COLORS[2], "frozen": COLORS[1]}
 
 
 @dataclass(frozen=True)
-class Config(common.Config):
-    epochs: int = 16
-    batch_size: int = 128
-    lr: float = 4e-3
-    weight_decay: float = 0.05
-    label_smoothing: float = common.option(0.05, "label smoothing in training", low=0, high=1)
-    dropout: float = common.option(0.3, "dropout before the last layer", low=0, high=1)
-    epoch_images: int = common.option(5000, "least images in an epoch: fewer are repeated", low=1)
-    latent: int = common.option(32, "latent dimensions of the autoencoder", low=1, high=4096)
-    strategy: str = None  # one of --strategies
-    labels: int = None  # one of --labels
-    encoder_hash: str = None  # of the weights that `frozen` and `finetune` start from
+class Config:
+    epochs: int = option(16, "epochs at most", low=1)
+    batch_size: int = option(128, "images in a training step", low=1)
+    lr: float = option(4e-3, "highest learning rate")
+    weight_decay: float = option(0.05, "weight decay of AdamW")
+    ema_decay: float = option(0.998, "share of the averaged weights that a step keeps")
+    val_every: int = option(1, "epochs from one validation to the next", low=1)
+    patience: int = option(0, "stop after so many epochs without progress; 0: never")
+    min_delta: float = option(1e-3, "progress: validation loss lower by at least this much")
+    seed: int = option(0, "seed of weights, labelled images and batches")
+    latent: int = option(32, "latent dimensions of the autoencoder to start from", low=1)
+    label_smoothing: float = option(0.05, "label smoothing in training")
+    dropout: float = option(0.3, "dropout before the last layer")
+    epoch_images: int = option(5000, "images in an epoch at least: fewer are repeated", low=1)
+    strategy: str = "scratch"  # one of --strategies
+    labels: int = 50_000  # one of --labels
 
 
 # model and loss -----------------------------------------------------------------------------------
@@ -57,20 +48,17 @@ class Classifier(nn.Module):
     """Images (B, 1, 28, 28) in [0, 1] to logits (B, 10). The head takes the encoder's features, not
     the latent vector made of them: with that, a frozen encoder validated worse."""
 
-    bf16 = True  # see common.forward
-
     def __init__(self, config):
         super().__init__()
-        self.encoder = conv_ae.Features()
+        self.label_smoothing = config.label_smoothing
+        self.frozen = config.strategy == "frozen"
+        self.encoder = conv_ae.Encoder().requires_grad_(not self.frozen)
         self.head = nn.Sequential(
             nn.Linear(128 * 5 * 5, 128),
             nn.ReLU(),
             nn.Dropout(config.dropout),
             nn.Linear(128, 10),
         )
-        self.frozen = config.strategy == "frozen"
-        self.encoder.requires_grad_(not self.frozen)
-        self.label_smoothing = config.label_smoothing
 
     def train(self, mode=True):
         """A frozen encoder stays in evaluation mode: its batch norms keep their statistics."""
@@ -87,50 +75,68 @@ class Classifier(nn.Module):
         al., 2016), and accuracy."""
         smoothing = 0.0
         if self.training:
-            images = self.augment(images)
+            images = augment(images)
             smoothing = self.label_smoothing
-        logits = common.forward(self, images)
+        logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
+        correct = logits.argmax(1) == labels
+        return {"loss": loss, "accuracy": correct.float().mean()}
 
-    def augment(self, images):
-        """Each with probability 1/2: flips an image; fills a rectangle of it, of up to half the
-        sides, with noise (random erasing, Zhong et al., 2020, arXiv:1708.04896); shifts the whole
-        batch by up to a pixel each way."""
-        count, device = len(images), images.device
-        flip = torch.rand(count, 1, 1, 1, device=device) < 0.5
-        images = torch.where(flip, images.flip(3), images)
-        if torch.rand(()) < 0.5:
-            down, right = torch.randint(3, (2,)).tolist()
-            images = F.pad(images, (1, 1, 1, 1))[:, :, down : down + 28, right : right + 28]
-        size = torch.randint(1, 15, (count, 2, 1), device=device)
-        start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
-        pixel = torch.arange(28, device=device)
-        inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28): rows and columns
-        box = inside[:, 0, None, :, None] & inside[:, 1, None, None, :]
-        box &= torch.rand(count, 1, 1, 1, device=device) < 0.5
-        return torch.where(box, torch.rand_like(images), images)
+
+def augment(images):
+    """Each with probability 1/2: flips an image; fills a rectangle of it, of up to half the sides,
+    with noise (random erasing, Zhong et al., 2020, arXiv:1708.04896); shifts the whole batch by up
+    to a pixel each way."""
+    count, device = len(images), images.device
+    flip = torch.rand(count, 1, 1, 1, device=device) < 0.5
+    images = torch.where(flip, images.flip(3), images)
+
+    if torch.rand(()) < 0.5:
+        down, right = torch.randint(3, (2,)).tolist()
+        padded = F.pad(images, (1, 1, 1, 1))
+        images = padded[:, :, down : down + 28, right : right + 28]
+
+    # The height and width of the rectangles, and where they start.
+    size = torch.randint(1, 15, (count, 2, 1), device=device)
+    start = (torch.rand(count, 2, 1, device=device) * (29 - size)).long()
+    pixel = torch.arange(28, device=device)
+    inside = (start <= pixel) & (pixel < start + size)  # (B, 2, 28)
+    rows, columns = inside[:, 0], inside[:, 1]
+    erase = rows[:, None, :, None] & columns[:, None, None, :]
+    erase &= torch.rand(count, 1, 1, 1, device=device) < 0.5
+    return torch.where(erase, torch.rand_like(images), images)
 
 
 def load(folder):
-    """The trained classifier in a run's folder, in evaluation mode, without gradients."""
-    path = Path(folder) / "model.pt"
-    model = Classifier(Config(**common.read(path)["config"]))
-    common.read(path, model=model)
-    return model.eval().requires_grad_(False)
+    """The trained classifier in a run's folder, ready to use."""
+    return common.load(folder, Classifier, Config)
+
+
+def load_encoder(args, seed):
+    """The weights of the encoder of the autoencoder with this seed."""
+    folder = args.encoder or args.out / "conv_ae"
+    if not (folder / "model.pt").exists():  # not a run, so a study of runs
+        folder = folder / f"latent{args.latent:03d}-seed{seed}"
+    if not (folder / "model.pt").exists():
+        command = f"python conv_ae.py --latents {args.latent} --seed {seed} --out {args.out}"
+        advice = f"run `{command}`, or give --encoder results/conv_ae for the stored one of seed 0"
+        sys.exit(f"there is no autoencoder in {folder}: {advice}")
+    return conv_ae.load(folder).encoder.state_dict()
 
 
 # data ---------------------------------------------------------------------------------------------
 
 
 def label_subset(labels, count, seed):
-    """Indices of `count` images, the same number of each class until one runs out. The indices of
-    a smaller count are the first of a larger one's."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    """Indices of `count` images: one of each class in turn, until a class runs out."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
     shuffled = labels.cpu()[order]
-    # The rank of each image within its own class: 1 for the first of every class, then 2, ...
-    rank = F.one_hot(shuffled).cumsum(0).gather(1, shuffled[:, None]).squeeze(1)
-    return order[rank.argsort(stable=True)][:count].to(labels.device)
+    classes = [order[shuffled == label].tolist() for label in range(10)]
+    chosen = []
+    for one_of_each in itertools.zip_longest(*classes):
+        chosen += [index for index in one_of_each if index is not None]
+    return torch.tensor(chosen[:count], device=labels.device)
 
 
 def labelled(split, config):
@@ -141,216 +147,187 @@ def labelled(split, config):
     return common.Split(split.images[chosen], split.labels[chosen])
 
 
-def load_encoders(args):
-    """The autoencoders' encoders {seed: encoder}, and hashes {seed: text} of the weights that a
-    classifier takes from them."""
-    encoders, hashes = {}, {}
-    for seed in args.seeds:
-        path = args.encoder or args.out / "conv_ae"
-        if path.suffix != ".pt" and not path.is_file():
-            path = path / f"latent{args.latent:03d}-seed{seed}" / "model.pt"
-        if not path.exists():
-            flags = f"--latents {args.latent} --seed {args.seed} --seeds {len(args.seeds)}"
-            advice = f"run conv_ae.py {flags} --out DIR, then give --encoder DIR/conv_ae"
-            sys.exit(f"there is no autoencoder {path} of seed {seed}: {advice}")
-        autoencoder = conv_ae.Autoencoder(args.latent)
-        common.read(path, model=autoencoder)
-        encoders[seed] = autoencoder.encoder.features
-        weights = encoders[seed].state_dict().values()
-        text = b"".join(tensor.numpy().tobytes() for tensor in weights)
-        hashes[seed] = hashlib.sha256(text).hexdigest()[:16]
-    return encoders, hashes
-
-
 # evaluation ---------------------------------------------------------------------------------------
 
 
-def classify(model, images):
-    """Logits (B, 10) of images (B, 1, 28, 28): the mean over six views of each, in place, a pixel
-    up and left, a pixel down and right, and these mirrored. The two in place weigh twice as much,
-    after the multi-crop evaluation of Jordan (2024, arXiv:2404.00498)."""
-    padded = F.pad(images, (1, 1, 1, 1))
-    logits = 0
-    for start, weight in ((0, 1 / 8), (1, 1 / 4), (2, 1 / 8)):
-        view = padded[:, :, start : start + 28, start : start + 28]
-        both = conv_ae.predict(model, view) + conv_ae.predict(model, view.flip(3))
-        logits += weight * both
-    return logits
-
-
+@torch.no_grad()
 def evaluate(model, data):
-    """The test metrics and the confusions by `classify`; the accuracy by one view of each image,
-    as in validation, stands beside them."""
-    logits, labels = classify(model, data.test.images), data.test.labels
-    predicted = logits.argmax(1)
-    test = {
-        "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy": common.accuracy(predicted, labels),
-        "one_view_accuracy": common.test_loop(model, data.test)["accuracy"],
-    }
-    return {"test": test, "confusion": common.confusion(predicted, labels)}
+    """Test loss and accuracy, and the confusions: a row for each true class."""
+    test = common.test_loop(model, data.test)
+    logits = [model(images) for images in data.test.images.split(1000)]
+    predicted = torch.cat(logits).argmax(1)
+    counts = torch.bincount(10 * data.test.labels + predicted, minlength=100)
+    return {"test": test, "confusion": counts.view(10, 10).tolist()}
 
 
-def accuracy_of(run, name):
-    """A run's "accuracy" or "one_view_accuracy" in test, its "val_accuracy" in validation with the
-    weights that are kept, or its "first_val_accuracy" in the first validation."""
-    if name in run["test"]:
-        return run["test"][name]
-    val = {row["epoch"]: row["accuracy"] for row in run["validation"]}
-    epochs = {"val_accuracy": run["best_epoch"], "first_val_accuracy": min(val)}
-    return val[epochs[name]]
+def test_accuracy(run):
+    return run["test"]["accuracy"]
 
 
-def differences(groups, labels, strategy, base, name):
-    """`accuracy_of` runs of `strategy` minus that of `base`, one a seed. [] without such runs."""
-    if strategy == base:
+def first_val_accuracy(run):
+    """The validation accuracy after the first epoch."""
+    return run["validation"][0]["accuracy"]
+
+
+def differences(groups, labels, strategy, measure):
+    """`measure` of the runs of a strategy minus that of scratch, one for each seed."""
+    if strategy == "scratch":
         return []
-    pairs = zip(groups.get((labels, strategy), []), groups.get((labels, base), []))  # by seed
-    return [accuracy_of(own, name) - accuracy_of(other, name) for own, other in pairs]
+    pairs = zip(groups[labels, strategy], groups[labels, "scratch"])  # both by seed
+    return [measure(run) - measure(scratch) for run, scratch in pairs]
 
 
 def summarize(runs):
-    """A row per label count and strategy: the metrics over the seeds, and the differences to the
-    other strategies, paired by seed."""
+    """A row for each label count and strategy: the metrics, and what they gain over scratch."""
     summary = common.summarize(runs, ["labels", "strategy"])
     groups = common.group(runs, ["labels", "strategy"])
+    measures = {"accuracy": test_accuracy, "first_val": first_val_accuracy}
     for row in summary:
-        setting = row["labels"], row["strategy"]
-        for name in ("val_accuracy", "first_val_accuracy"):
-            values = [accuracy_of(run, name) for run in groups[setting]]
-            row |= common.mean_std_ci(name, values)
-        for name, base in COMPARED:
-            values = differences(groups, *setting, base, name)
-            row |= common.mean_std_ci(f"{name}_minus_{base}", values)
+        labels, strategy = row["labels"], row["strategy"]
+        values = [first_val_accuracy(run) for run in groups[labels, strategy]]
+        row |= common.mean_std("first_val", values)
+        for name, measure in measures.items():
+            gains = differences(groups, labels, strategy, measure)
+            row |= common.mean_std(f"{name}_minus_scratch", gains)
+            wins = sum(gain > 0 for gain in gains)
+            row[f"{name}_wins"] = f"{wins} of {len(gains)}" if gains else None
     return summary
 
 
-# figures ------------------------------------------------------------------------------------------
+# figures: the docstrings are their captions in the report ----------------------------------------
 
 
-def plot_learning_curves(runs):
-    """Validation accuracy by epoch, a panel per label count: mean and one std over seeds."""
+def plot_learning_curves(runs, counts):
+    """A line for each run. The left end shows who learns faster, the right end who ends better."""
+    figure, panels = common.new_figure(9, 6.5, rows=2, columns=math.ceil(len(counts) / 2))
     groups = common.group(runs, ["labels", "strategy"])
-    counts = sorted({labels for labels, _ in groups})
-    width = max(6, 3.6 * len(counts))
-    figure, panels = plt.subplots(1, len(counts), figsize=(width, 4), squeeze=False)
-    for labels, axes in zip(counts, panels[0]):
-        for strategy in [name for name in STYLE if (labels, name) in groups]:
-            line, color = STYLE[strategy]
-            curves = [run["validation"] for run in groups[labels, strategy]]
-            end = min(map(len, curves))  # with early stopping some are shorter
-            accuracy = torch.tensor([[row["accuracy"] for row in curve[:end]] for curve in curves])
-            mean = accuracy.mean(0)
-            std = accuracy.std(0) if len(curves) > 1 else torch.zeros_like(mean)
-            epochs = [row["epoch"] for row in curves[0][:end]]
-            axes.plot(epochs, mean, line, color=color, markersize=4, label=strategy)
-            axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15)
-        axes.set(xlabel="epoch", title=f"{labels:,} labels")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("validation accuracy")
-    panels[0][0].legend(loc="lower right", title="mean and std over seeds")
+    for axes, labels in zip(panels.flat, counts):
+        for strategy, color in STRATEGIES.items():
+            for run in groups[labels, strategy]:
+                epochs = [row["epoch"] for row in run["validation"]]
+                accuracy = [row["accuracy"] for row in run["validation"]]
+                axes.plot(epochs, accuracy, ".-", color=color, linewidth=1)
+        axes.set(xlabel="epoch", ylabel="validation accuracy", title=f"{labels:,} labels")
+    for strategy, color in STRATEGIES.items():
+        panels.flat[0].plot([], [], color=color, label=strategy)
+    panels.flat[0].legend(frameon=False)
     return figure
 
 
-def plot_differences(runs):
-    """Test accuracy minus that of `scratch`: a dot a seed, beside the mean and its 95% interval."""
+def plot_differences(runs, counts):
+    """What starting at the autoencoder's encoder gains or costs in the end. Dots are seeds, squares
+    their mean, bars one standard deviation."""
     groups = common.group(runs, ["labels", "strategy"])
-    counts = sorted({labels for labels, _ in groups})
-    strategies = sorted({strategy for _, strategy in groups} - {"scratch"})
-    size = (4.5 * len(strategies), 4)
-    figure, panels = plt.subplots(1, len(strategies), figsize=size, squeeze=False)
-    for strategy, axes in zip(strategies, panels[0]):
-        axes.axhline(0, color="black", linewidth=1)
-        color = STYLE[strategy][1]
+    figure, axes = common.new_figure(7, 4)
+    axes.axhline(0, color="black", linewidth=1)
+    for strategy, place in (("finetune", -0.15), ("frozen", 0.15)):
+        color = STRATEGIES[strategy]
+        axes.plot([], [], "s", color=color, label=f"{strategy} minus scratch")
         for x, labels in enumerate(counts):
-            values = differences(groups, labels, strategy, "scratch", "accuracy")
-            bar = common.mean_std_ci("y", values)
-            axes.errorbar(x, bar["y_mean"], bar["y_ci"], fmt="s", color=color, capsize=4)
-            axes.plot([x - 0.15] * len(values), values, ".", color=color)
-        axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
-        axes.set(xlabel="labelled images", title=f"{strategy} minus scratch")
-        axes.set_xlim(-0.5, len(counts) - 0.5)
-    panels[0][0].set_ylabel("difference in test accuracy\n(dots: seeds; bars: mean, 95% interval)")
+            gains = differences(groups, labels, strategy, test_accuracy)
+            if gains:
+                bar = common.mean_std("gain", gains)
+                mean, std = bar["gain_mean"], bar["gain_std"]
+                axes.plot([x + place - 0.08] * len(gains), gains, ".", color=color)
+                axes.errorbar(x + place, mean, std, fmt="s", color=color, capsize=3)
+    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+    axes.set(xlabel="labelled images", ylabel="difference in test accuracy")
+    axes.legend(frameon=False)
     return figure
 
 
-def plot_confusion(runs, summary):
-    """Test confusions in the first run of the strategy that validates best with the most labels."""
-    best = max(summary, key=lambda row: (row["labels"], row["val_accuracy_mean"]))
-    run = common.group(runs, ["labels", "strategy"])[best["labels"], best["strategy"]][0]
-    figure, axes = plt.subplots(figsize=(9, 7.2))
-    counts = torch.tensor(run["confusion"])
-    # The colours follow the root of the count, so that rare confusions show.
-    image = axes.imshow(counts.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0))
-    figure.colorbar(image, label="test images", shrink=0.8)
+def plot_confusion(runs):
+    """Test images, by the run with the most labels that validates best. Most errors are among the
+    upper garments: shirt, T-shirt, pullover, coat."""
+    most = max(run["config"]["labels"] for run in runs)
+    candidates = [run for run in runs if run["config"]["labels"] == most]
+    best = max(candidates, key=lambda run: run["validation"][-1]["accuracy"])
+    counts = torch.tensor(best["confusion"])
+    figure, axes = common.new_figure(7, 6.4)
+    # The root of the counts, so that rare confusions show.
+    axes.imshow(counts.sqrt().numpy(), cmap="Blues")
     for row in range(10):
         for column in range(10):
             count = counts[row, column].item()
             color = "white" if count > counts.max() / 3 else "black"
             axes.text(column, row, count, ha="center", va="center", color=color)
-    axes.set_xticks(range(10), common.CLASSES, rotation=45, ha="right")
-    axes.set_yticks(range(10), common.CLASSES)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    config = run["config"]
-    title = f"{config['strategy']}, {config['labels']:,} labels, seed {config['seed']}"
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set_xticks(range(10), CLASSES, rotation=45, ha="right")
+    axes.set_yticks(range(10), CLASSES)
+    axes.set(xlabel="predicted class", ylabel="true class", title=best["folder"])
     return figure
+
+
+COLUMNS = ["labels", "strategy", "first_val", "first_val_minus_scratch", "first_val_wins"]
+COLUMNS += ["accuracy", "accuracy_minus_scratch", "accuracy_wins"]
+ABOUT = """
+One convolutional classifier, trained in three ways: from scratch; from the encoder of an
+autoencoder, which saw no label (finetune); and on top of that encoder, kept as it is (frozen).
+`first_val` is the validation accuracy after the first epoch. Differences are paired by seed: both
+runs see the same labelled images in the same order. `wins` counts the seeds ahead of scratch.
+"""
 
 
 def main(argv=None):
     parser = common.make_parser(__doc__, Config)
-    parser.set_defaults(seeds=3)
-    add = parser.add_argument
-    text = "what to do with the encoder's initial weights (default: all three)"
-    add("--strategies", nargs="+", choices=list(STYLE), default=list(STYLE), help=text)
-    kind, default = common.number(int, 10, 50_000), [50_000, 10_000, 1000, 100]
-    text = "labelled training images, runs of each count (default: %(default)s)"
-    add("--labels", type=kind, nargs="+", default=default, metavar="N", help=text)
-    text = "an autoencoder's model.pt, or a folder with one for each seed (default: OUT/conv_ae)"
-    add("--encoder", type=Path, metavar="PATH", help=text)
+    names = list(STRATEGIES)
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=names,
+        default=names,
+        help="what to do with the encoder's initial weights",
+    )
+    parser.add_argument(
+        "--labels",
+        type=common.at_least(10, int),
+        nargs="+",
+        default=[100, 1000, 10_000, 50_000],
+        metavar="N",
+        help="labelled training images, runs of each",
+    )
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        metavar="DIR",
+        help="folder of an autoencoder or of a study of them (default: OUT/conv_ae)",
+    )
     args = common.parse_args(parser, Config, argv)
-
-    encoders, hashes = {}, {}
-    if args.strategies != ["scratch"] and not args.eval:
-        encoders, hashes = load_encoders(args)
+    encoders = {}
+    if set(args.strategies) != {"scratch"} and not args.eval:
+        encoders = {seed: load_encoder(args, seed) for seed in args.seeds}
 
     data = common.load_data(args.data, args.device)
+    count = len(data.train.labels)
+    if max(args.labels) > count:
+        sys.exit(f"--labels: there are {count:,} training images, no more")
     study = args.out / "classifier"
     runs = {}
-    # The longest runs first and the seeds last: torchrun's processes get about equal shares.
-    for labels in sorted(args.labels, reverse=True):
-        for strategy in sorted(args.strategies, key=list(STYLE).index):
-            for seed in args.seeds:
-                encoder_hash = None if strategy == "scratch" else hashes.get(seed)
-                own = {"labels": labels, "strategy": strategy, "encoder_hash": encoder_hash}
-                config = replace(args.config, seed=seed, **own)
-                runs[study / f"{strategy}-labels{labels}-seed{seed}"] = config
-    for folder, config in common.share_out(runs, args):
+    settings = itertools.product(args.labels, args.strategies, args.seeds)
+    for labels, strategy, seed in settings:
+        own = {"labels": labels, "strategy": strategy, "seed": seed}
+        folder = study / f"{strategy}-labels{labels}-seed{seed}"
+        runs[folder] = replace(args.config, **own)
+    if args.eval:
+        return common.confirm(runs, load, evaluate, data)
+    for folder, config in common.share_out(runs):
         torch.manual_seed(config.seed)
         model = Classifier(config)
-        if args.eval:  # the autoencoder may be gone
-            saved = common.read(folder / "metrics.json")["config"]
-            config = replace(config, encoder_hash=saved.get("encoder_hash"))
-        elif config.strategy != "scratch":
-            model.encoder.load_state_dict(encoders[config.seed].state_dict())
-        model = conv_ae.to_device(model, args.device)
+        if config.strategy != "scratch":
+            model.encoder.load_state_dict(encoders[config.seed])
+        model = model.to(args.device, memory_format=torch.channels_last)
         subset = data._replace(train=labelled(data.train, config))
         common.run(model, subset, config, args, folder, evaluate)
 
-    metrics = common.read_runs(runs, args)
+    metrics = common.read_runs(runs)
     if metrics is None:
         return
-    summary = summarize(metrics)
     figures = {
-        "learning_curves": plot_learning_curves(metrics),
-        "confusion_matrix": plot_confusion(metrics, summary),
+        "learning_curves.png": (plot_learning_curves, metrics, args.labels),
+        "differences.png": (plot_differences, metrics, args.labels),
+        "confusion_matrix.png": (plot_confusion, metrics),
     }
-    if "scratch" in args.strategies and len(args.strategies) > 1:
-        figures["differences"] = plot_differences(metrics)
-    common.save_study(study, summary, metrics, figures, args)
+    common.save_study(study, ABOUT, metrics, summarize(metrics), COLUMNS, figures, args)
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    main()
