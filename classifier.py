@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         self.frozen = config.strategy == "frozen"
         self.encoder = conv_ae.Encoder().requires_grad_(not self.frozen)
         self.head = nn.Sequential(
-            nn.Linear(128 * 5 * 5, 128),
+            nn.Linear(conv_ae.FEATURES, 128),
             nn.ReLU(),
             nn.Dropout(config.dropout),
             nn.Linear(128, 10),
@@ -128,7 +128,7 @@ def load_encoder(args, seed):
 
 
 def label_subset(labels, count, seed):
-    """Indices of `count` images: one of each class in turn, until a class runs out."""
+    """Indices (count,) of images: one of each class in turn."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     shuffled = labels.cpu()[order]
@@ -165,7 +165,7 @@ def test_accuracy(run):
 
 
 def first_val_accuracy(run):
-    """The validation accuracy after the first epoch."""
+    """The first validation accuracy: with --val-every 1 after the first epoch."""
     return run["validation"][0]["accuracy"]
 
 
@@ -208,28 +208,30 @@ def plot_learning_curves(runs, counts):
                 accuracy = [row["accuracy"] for row in run["validation"]]
                 axes.plot(epochs, accuracy, ".-", color=color, linewidth=1)
         axes.set(xlabel="epoch", ylabel="validation accuracy", title=f"{labels:,} labels")
+    for axes in panels.flat[len(counts) :]:
+        axes.remove()
     for strategy, color in STRATEGIES.items():
-        panels.flat[0].plot([], [], color=color, label=strategy)
+        if (counts[0], strategy) in groups:
+            panels.flat[0].plot([], [], color=color, label=strategy)
     panels.flat[0].legend(frameon=False)
     return figure
 
 
-def plot_differences(runs, counts):
+def plot_differences(runs, counts, strategies):
     """What starting at the autoencoder's encoder gains or costs in the end. Dots are seeds, squares
     their mean, bars one standard deviation."""
     groups = common.group(runs, ["labels", "strategy"])
     figure, axes = common.new_figure(7, 4)
     axes.axhline(0, color="black", linewidth=1)
-    for strategy, place in (("finetune", -0.15), ("frozen", 0.15)):
+    for i, strategy in enumerate(strategies):
         color = STRATEGIES[strategy]
         axes.plot([], [], "s", color=color, label=f"{strategy} minus scratch")
-        for x, labels in enumerate(counts):
+        for j, labels in enumerate(counts):
             gains = differences(groups, labels, strategy, test_accuracy)
-            if gains:
-                bar = common.mean_std("gain", gains)
-                mean, std = bar["gain_mean"], bar["gain_std"]
-                axes.plot([x + place - 0.08] * len(gains), gains, ".", color=color)
-                axes.errorbar(x + place, mean, std, fmt="s", color=color, capsize=3)
+            bar = common.mean_std("gain", gains)
+            x = j + 0.3 * i
+            axes.plot([x - 0.08] * len(gains), gains, ".", color=color)
+            axes.errorbar(x, bar["gain_mean"], bar["gain_std"], fmt="s", color=color, capsize=3)
     axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
     axes.set(xlabel="labelled images", ylabel="difference in test accuracy")
     axes.legend(frameon=False)
@@ -237,8 +239,8 @@ def plot_differences(runs, counts):
 
 
 def plot_confusion(runs):
-    """Test images, by the run with the most labels that validates best. Most errors are among the
-    upper garments: shirt, T-shirt, pullover, coat."""
+    """Test images, by the run with the most labels that validates best. Which classes are confused,
+    and would you tell them apart at 28x28 pixels?"""
     most = max(run["config"]["labels"] for run in runs)
     candidates = [run for run in runs if run["config"]["labels"] == most]
     best = max(candidates, key=lambda run: run["validation"][-1]["accuracy"])
@@ -323,9 +325,11 @@ def main(argv=None):
         return
     figures = {
         "learning_curves.png": (plot_learning_curves, metrics, args.labels),
-        "differences.png": (plot_differences, metrics, args.labels),
         "confusion_matrix.png": (plot_confusion, metrics),
     }
+    pretrained = [strategy for strategy in args.strategies if strategy != "scratch"]
+    if pretrained and "scratch" in args.strategies:
+        figures["differences.png"] = (plot_differences, metrics, args.labels, pretrained)
     common.save_study(study, ABOUT, metrics, summarize(metrics), COLUMNS, figures, args)
 
 

@@ -29,18 +29,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torchvision.datasets import FashionMNIST
+from torchvision import datasets
 from torchvision.utils import make_grid
 
 torch.backends.cudnn.allow_tf32 = False  # float32 everywhere
 
 # data ---------------------------------------------------------------------------------------------
 
-# The dataset. For another one of its format, such as torchvision's MNIST, edit these four.
-DATASET = FashionMNIST
-CLASSES = DATASET.classes
-# Of the images and labels of the training part, then of the test part.
+# For another dataset of this format, say datasets.MNIST, edit these two: the first run tells its
+# checksum, of the images and labels of the training part, then of the test part.
+DATASET = datasets.FashionMNIST
 SHA256 = "ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619"
+CLASSES = DATASET.classes
 # Where the Debian package dataset-fashion-mnist has it.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
@@ -60,9 +60,10 @@ def load_data(folder="data", device="cpu"):
     others = [path.name for path in folder.glob("[!.]*")]
     if others and not raw.exists():
         sys.exit(f"{folder} holds {others[0]}, not {DATASET.__name__}: give --data an empty folder")
-    for archive in DEBIAN.glob("*.gz"):
-        if not (raw / archive.stem).exists():
-            save(raw / archive.stem, gzip.decompress(archive.read_bytes()))
+    if DATASET is datasets.FashionMNIST:
+        for archive in DEBIAN.glob("*.gz"):
+            if not (raw / archive.stem).exists():
+                save(raw / archive.stem, gzip.decompress(archive.read_bytes()))
     try:
         full = DATASET(folder, train=True, download=True)
         test = DATASET(folder, train=False, download=True)
@@ -75,7 +76,7 @@ def load_data(folder="data", device="cpu"):
     for tensor in (full.data, full.targets, test.data, test.targets):
         checksum.update(tensor.numpy())
     if checksum.hexdigest() != SHA256:
-        reason = f"its SHA-256 is {checksum.hexdigest()}"
+        reason = f"its SHA-256 is {checksum.hexdigest()}, not SHA256 in common.py"
         sys.exit(f"{raw} is not {DATASET.__name__} ({reason}): give --data an empty folder")
 
     def split(part, chosen):
@@ -90,8 +91,44 @@ def load_data(folder="data", device="cpu"):
 # training and evaluation --------------------------------------------------------------------------
 
 
+def run(model, data, config, args, folder, evaluate):
+    """Trains `model`, evaluates it and writes losses.csv, metrics.json and model.pt to `folder`.
+
+    `evaluate(model, data)` gives {"test": {name: number}, ...}. With --resume an unfinished run
+    goes on and a complete one is kept.
+    """
+    if args.resume and is_complete(folder):
+        read(folder / "metrics.json", config)
+        print(f"{folder.name}: complete", flush=True)
+        return
+    history = train_loop(model, data, config, folder, args.resume)
+    print(f"{folder.name}: evaluating", flush=True)
+    metrics = {
+        "config": vars(config),
+        "environment": {
+            "torch": torch.__version__,
+            "device": args.device.type,
+            "threads": torch.get_num_threads(),
+        },
+        "epochs_run": len(history),
+        "best_epoch": best_epoch(history, config),
+        "train_seconds": round(sum(row["seconds"] for row in history), 1),
+        "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if row["val"]],
+        **evaluate(model.eval(), data),
+    }
+    lines = ["epoch,train_loss,val_loss"]
+    for row in history:
+        val_loss = f"{row['val']['loss']:.6f}" if row["val"] else ""
+        lines.append(f"{row['epoch']},{row['train_loss']:.6f},{val_loss}")
+    save(folder / "losses.csv", "\n".join(lines) + "\n")
+    save(folder / "metrics.json", metrics)
+    save(folder / "model.pt", {"config": vars(config), "model": model.state_dict()})
+    (folder / "checkpoint.pt").unlink()
+    print(f"{folder.name}: test {describe(metrics['test'])}", flush=True)
+
+
 def train_loop(model, data, config, folder, resume=False):
-    """Trains `model` and returns its history, a row for each epoch.
+    """Trains `model` and returns its history, a row of losses and seconds for each epoch.
 
     The exponential moving average (EMA) of the weights is validated and kept: it is less noisy
     (Polyak & Juditsky, 1992). The model ends as the EMA that validated best or, without early
@@ -150,7 +187,7 @@ def train_loop(model, data, config, folder, resume=False):
 
 @torch.no_grad()
 def test_loop(model, split, batch_size=250):
-    """The means of `model.loss` over a split. What it draws is the same every time."""
+    """The means of `model.loss` over a split, with the same random numbers every time."""
     model.eval()
     torch.manual_seed(0)
     totals = defaultdict(float)
@@ -173,9 +210,9 @@ def make_schedule(optimizer, steps):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Moves the averaged model towards the trained one; what can't be averaged is copied."""
-    # A short memory at first: the initial weights are worth nothing.
-    decay = min(decay, step / (9 + step))
+    """Moves the averaged model towards the trained one, after `step` steps. Counters are copied."""
+    # The memory is short at first, as in TensorFlow: the initial weights are worth nothing.
+    decay = min(decay, (1 + step) / (10 + step))
     averages = itertools.chain(ema.parameters(), ema.buffers())
     for average, latest in zip(averages, itertools.chain(model.parameters(), model.buffers())):
         if latest.is_floating_point():
@@ -332,42 +369,6 @@ def is_complete(folder):
     return (folder / "model.pt").exists() and not unfinished
 
 
-def run(model, data, config, args, folder, evaluate):
-    """Trains `model`, evaluates it and writes losses.csv, metrics.json and model.pt to `folder`.
-
-    `evaluate(model, data)` gives {"test": {name: number}, ...}. With --resume an unfinished run
-    goes on and a complete one is kept.
-    """
-    if args.resume and is_complete(folder):
-        read(folder / "metrics.json", config)
-        print(f"{folder.name}: complete", flush=True)
-        return
-    history = train_loop(model, data, config, folder, args.resume)
-    print(f"{folder.name}: evaluating", flush=True)
-    metrics = {
-        "config": vars(config),
-        "environment": {
-            "torch": torch.__version__,
-            "device": args.device.type,
-            "threads": torch.get_num_threads(),
-        },
-        "epochs_run": len(history),
-        "best_epoch": best_epoch(history, config),
-        "train_seconds": round(sum(row["seconds"] for row in history), 1),
-        "validation": [{"epoch": row["epoch"], **row["val"]} for row in history if row["val"]],
-        **evaluate(model.eval(), data),
-    }
-    lines = ["epoch,train_loss,val_loss"]
-    for row in history:
-        val_loss = f"{row['val']['loss']:.6f}" if row["val"] else ""
-        lines.append(f"{row['epoch']},{row['train_loss']:.6f},{val_loss}")
-    save(folder / "losses.csv", "\n".join(lines) + "\n")
-    save(folder / "metrics.json", metrics)
-    save(folder / "model.pt", {"config": vars(config), "model": model.state_dict()})
-    (folder / "checkpoint.pt").unlink()
-    print(f"{folder.name}: test {describe(metrics['test'])}", flush=True)
-
-
 # studies: a dictionary of runs {folder: config} ---------------------------------------------------
 
 # Of the processes that share a study: set by torchrun, a job array or run_all.sh.
@@ -451,13 +452,14 @@ def summarize(runs, names):
 
 
 def format_cell(value, std=None):
-    """Four significant digits but five decimals at most, and the deviation to the same place."""
+    """Four significant digits; with a deviation five decimals at most, and it to the same place."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
+    if std is None:
+        return f"{value:.4g}"
     magnitude = math.floor(math.log10(abs(value))) if value else 0
     decimals = min(5, max(0, 3 - magnitude))
-    text = f"{value:.{decimals}f}"
-    return text if std is None else f"{text} ± {std:.{decimals}f}"
+    return f"{value:.{decimals}f} ± {std:.{decimals}f}"
 
 
 def format_table(summary, columns):
@@ -549,14 +551,14 @@ def image_grid(rows, row_names=(), column_names=()):
 
 
 def plot_losses(path, best_epoch):
-    """The losses of the first run; the star marks the epoch that is kept. Validation lies below
-    training because it comes after the epoch, not during it, and uses the averaged weights."""
+    """The training loss is a mean over the epoch. The validation loss comes after it and is that of
+    the averaged weights, so that it can lie lower. A star marks the epoch that is kept."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     train = {int(row["epoch"]): float(row["train_loss"]) for row in rows}
     val = {int(row["epoch"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
     figure, axes = new_figure(7, 3.6)
-    axes.plot(train.keys(), train.values(), label="training")
+    axes.plot(train.keys(), train.values(), ".-", label="training")
     axes.plot(val.keys(), val.values(), "o-", label="validation")
     axes.plot(best_epoch, val[best_epoch], "k*", markersize=12, label=f"kept: epoch {best_epoch}")
     axes.set_xscale("log")
@@ -572,7 +574,7 @@ def plot_losses(path, best_epoch):
 
 
 def option(default, help, low=0):
-    """A hyperparameter: a field of a `Config`, and a flag that takes numbers from `low` on."""
+    """A hyperparameter, int or float: a field of a `Config` and a flag, with values from `low` on."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low})
 
 

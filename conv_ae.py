@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import common
 from common import GRAY, option
 
+FEATURES = 128 * 5 * 5  # of an image, from the encoder
 PRINTS = [142, 263, 121, 280, 35, 7, 1, 222, 100, 308]  # test images with something printed on
 
 
@@ -34,7 +35,7 @@ class Config:
 
 
 class Encoder(nn.Sequential):
-    """Images (B, 1, 28, 28) to features (B, 3200)."""
+    """Images (B, 1, 28, 28) to features (B, FEATURES)."""
 
     def __init__(self):
         # Pooling first leaves a quarter of the work. With the default momentum of 0.1 the
@@ -84,7 +85,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.encoder = Encoder()
-        self.latent = nn.Linear(128 * 5 * 5, config.latent)
+        self.latent = nn.Linear(FEATURES, config.latent)
         self.decoder = Decoder(config.latent)
 
     def encode(self, images):
@@ -120,8 +121,8 @@ def evaluate(model, data):
 
 
 def plot_sizes(summary):
-    """Each doubling of the latent space lowers the error. The classes stop becoming easier to tell
-    apart much earlier: what further dimensions hold is detail that the classes share."""
+    """How fast does the error fall with each doubling, beside PCA's? And from which size on are the
+    classes no easier to tell apart? What further dimensions hold is detail that classes share."""
     sizes = [row["latent"] for row in summary]
     figure, (errors, accuracies) = common.new_figure(9, 3.8, columns=2)
     for axes, metric in ((errors, "mse"), (accuracies, "knn_accuracy")):

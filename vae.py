@@ -25,8 +25,8 @@ class Config:
     epochs: int = option(200, "epochs at most", low=1)
     batch_size: int = option(128, "images in a training step", low=1)
     lr: float = option(6e-3, "highest learning rate")
-    # With less, weights of pixels that are nearly always black grow, and with them the KL of the
-    # rare image in which they are not: up to thousands of nats.
+    # With less, the weights of pixels that are nearly always black grow at random. An image in
+    # which such a pixel is bright then has a KL of thousands of nats.
     weight_decay: float = option(0.03, "weight decay of AdamW")
     ema_decay: float = option(0.999, "share of the averaged weights that a step keeps")
     val_every: int = option(5, "epochs from one validation to the next", low=1)
@@ -35,7 +35,7 @@ class Config:
     seed: int = option(0, "seed of initial weights, batches and noise")
     latent: int = option(8, "latent dimensions", low=1)
     alpha: float = option(1e-3, "weight of the KL")
-    kl_warmup: int = option(2000, "steps in which the weight of the KL rises to alpha")
+    kl_warmup: int = option(2000, "steps in which the weight of the KL rises to alpha; 0: none")
 
 
 # model and loss -----------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class VAE(nn.Module):
 
     def loss(self, images, labels):
         """recon + alpha * kl: the L1 loss, a mean over pixels and images, and the KL, a sum over
-        the dimensions and a mean over images."""
+        the dimensions and a mean over images. In training alpha starts at zero and rises."""
         reconstruction, mu, logvar = self(images)
         recon = F.l1_loss(reconstruction, images)
         kl = self.kl(mu, logvar).sum(1).mean()
@@ -147,8 +147,8 @@ def mean_kl(model, images):
 
 
 def plot_reconstructions(model, data):
-    """The shape of a test image survives; texture does not, the latent space has no room for it.
-    The third row is decoded from the mean of each class."""
+    """A test image of each class, what the decoder makes of its mu, and of the mean of its class.
+    Which details survive, which are lost?"""
     images = common.one_of_each_class(data.test)
     mu, _ = model.encode(images)
     rows = torch.stack([images, model.decode(mu), model.decode(class_means(model, data.train))])
@@ -162,8 +162,8 @@ def line(start, end, steps=9):
 
 
 def plot_interpolations(model, data):
-    """On the decoded line between two class means, and between two test images, every picture is a
-    possible piece of clothing. A blend of their pixels shows both pieces at once."""
+    """The decoded line between two class means, and between two test images, above a blend of the
+    pixels of these. Which pictures could be pieces of clothing, which are two at once?"""
     means = class_means(model, data.train)
     images = common.one_of_each_class(data.test)
     mu, _ = model.encode(images)
@@ -195,7 +195,7 @@ def plot_manifold(model, data):
 
 
 def plot_samples(model):
-    """Decoded samples of the prior: clothing that the VAE makes up."""
+    """Decoded samples of the prior. Which would pass for clothing?"""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(50, model.mu.out_features, generator=generator)
     images = model.decode(z.to(model.mu.weight.device))
@@ -203,8 +203,8 @@ def plot_samples(model):
 
 
 def plot_latent_pairs(model, data):
-    """mu of 2,000 test images in each pair of dimensions, those with the most KL first. Trousers,
-    boots and bags lie apart; shirts lie among coats and pullovers."""
+    """mu of 2,000 test images in each pair of dimensions, those with the most KL first. Which
+    classes lie apart, which among each other?"""
     kl = mean_kl(model, data.test.images)
     top = kl.argsort(descending=True)[:8].tolist()
     mu = model.encode(data.test.images[:2000])[0].cpu()
