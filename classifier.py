@@ -1,7 +1,7 @@
 """Does a classifier gain from starting at the autoencoder's encoder: frozen, fine-tuned, or from
 scratch?
 
-    python conv_ae.py --latents 32 --seeds 5    # the encoders, pre-trained without labels
+    python conv_ae.py --seeds 5       # the encoders, pre-trained without labels
     python classifier.py --seeds 5
 """
 
@@ -118,8 +118,7 @@ def load_encoder(args, seed):
     if not (folder / "model.pt").exists():  # not a run, so a study of runs
         folder = folder / f"latent{args.latent:03d}-seed{seed}"
     if not (folder / "model.pt").exists():
-        command = f"python conv_ae.py --latents {args.latent} --seed {seed} --out {args.out}"
-        advice = f"run `{command}`, or give --encoder results/conv_ae for the stored one of seed 0"
+        advice = "train it with conv_ae.py, or give --encoder (results/conv_ae has one of seed 0)"
         sys.exit(f"there is no autoencoder in {folder}: {advice}")
     return conv_ae.load(folder).encoder.state_dict()
 

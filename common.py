@@ -5,6 +5,7 @@ minimises "loss". A run is one model, trained into a folder of its own. A study 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -22,15 +23,18 @@ import time
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
-import matplotlib
-import matplotlib.style
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision import datasets
 from torchvision.utils import make_grid
+
+if "ipykernel" not in sys.modules:
+    # `!python vae.py` in a notebook gets its backend, which is not needed and may be missing here.
+    os.environ.pop("MPLBACKEND", None)
+import matplotlib.style  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # float32 everywhere
 
@@ -145,7 +149,10 @@ def train_loop(model, data, config, folder, resume=False):
     checkpoint = folder / "checkpoint.pt"
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     if resume and checkpoint.exists():
-        saved = read(checkpoint, config, **parts)
+        saved = read(checkpoint, config)
+        with refuse_unusable(checkpoint):
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
         history, kept = saved["history"], saved["kept"]
         print(f"{folder.name}: goes on after epoch {len(history)}", flush=True)
 
@@ -305,7 +312,8 @@ def save(path, content):
         if path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         elif path.suffix == ".pt":
-            torch.save(content, temporary)
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
         elif path.suffix == ".png":
             content.savefig(temporary, **PNG)
         elif path.suffix == ".gif":
@@ -318,29 +326,34 @@ def save(path, content):
             temporary.write_bytes(content)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        if temporary.exists():
+            temporary.unlink()
         sys.exit(f"{path} can't be written ({error}): make space, or give another folder")
 
 
-def read(path, config=None, **parts):
-    """The content of a run's .json or .pt file. Each of `parts` loads the state of its name.
-
-    Ends the process where the file can't be used, or was made with another `config`.
-    """
+@contextlib.contextmanager
+def refuse_unusable(path):
+    """Ends the process in one line where `path` is absent, damaged or of another network."""
     try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        sys.exit(f"{path} can't be used ({reason:.150}): restore it, or give another folder")
+
+
+def read(path, config):
+    """The content of a run's .json or .pt file. Ends the process where it can't be used, or was
+    made with another `config`."""
+    with refuse_unusable(path):
         if path.suffix == ".json":
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        difference = config and find_difference(content["config"], config)
-        if difference:
-            advice = "give the flags of that run, or another --out"
-            sys.exit(f"{path} was made with {difference}: {advice}")
-        for name, part in parts.items():
-            part.load_state_dict(content[name])
-        return content
-    except Exception as error:  # absent, damaged, of another network, a pickle with code
-        reason = " ".join(str(error).split())
-        sys.exit(f"{path} can't be used ({reason:.150}): restore it, or give another folder")
+        difference = find_difference(content["config"], config)
+    if difference:
+        advice = "give the flags of that run, or another --out"
+        sys.exit(f"{path} was made with {difference}: {advice}")
+    return content
 
 
 def find_difference(saved, config):
@@ -358,8 +371,10 @@ def find_difference(saved, config):
 def load(folder, model_class, config_class):
     """The trained model in a run's folder, ready to use."""
     path = Path(folder) / "model.pt"
-    model = model_class(config_class(**read(path)["config"]))
-    read(path, model=model)
+    with refuse_unusable(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = model_class(config_class(**saved["config"]))
+        model.load_state_dict(saved["model"])
     return model.eval().requires_grad_(False)
 
 
@@ -391,9 +406,11 @@ def read_runs(runs):
     """The metrics of all runs, with their folders' names; None while one is not yet complete."""
     metrics = []
     for folder, config in runs.items():
-        saved = read(folder / "metrics.json") if is_complete(folder) else {}
-        if saved and not find_difference(saved["config"], config):
-            metrics.append({"folder": folder.name, **saved, "config": vars(config)})
+        if is_complete(folder):
+            with refuse_unusable(folder / "metrics.json"):
+                saved = json.loads((folder / "metrics.json").read_text())
+                if not find_difference(saved["config"], config):
+                    metrics.append({"folder": folder.name, **saved, "config": vars(config)})
     if len(metrics) < len(runs):
         print(f"{len(metrics)} of {len(runs)} runs are complete: the last one brings the summary")
         return None
@@ -501,7 +518,7 @@ def save_study(folder, about, runs, summary, columns, figures, args):
 
     table = format_table(summary, columns)
     command = f"python {folder.name}.py {args.command}".strip()
-    seeds = f"Test images; mean ± standard deviation over {summary[0]['n']} seed(s)."
+    seeds = f"Test images; mean ± standard deviation over the seeds, n={summary[0]['n']}."
     report = [f"# {folder.name}", about.strip(), f"`{command}`", table, seeds]
     for name, (draw, *arguments) in figures.items():
         save(folder / name, draw(*arguments))
@@ -565,7 +582,8 @@ def plot_losses(path, best_epoch):
     ticks = [epoch for epoch in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if epoch <= len(rows)]
     axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
-    axes.set(xlabel="epoch", ylabel="loss")
+    # The first epochs of training would flatten the rest.
+    axes.set(xlabel="epoch", ylabel="loss", ylim=(None, 1.1 * max(val.values())))
     axes.legend(frameon=False)
     return figure
 
@@ -574,7 +592,7 @@ def plot_losses(path, best_epoch):
 
 
 def option(default, help, low=0):
-    """A hyperparameter, int or float: a field of a `Config` and a flag, with values from `low` on."""
+    """A hyperparameter, int or float from `low` on: a field of a `Config`, and a flag."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low})
 
 
@@ -602,7 +620,7 @@ def device(name):
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError):
+    except Exception:  # PyTorch raises half a dozen types
         raise argparse.ArgumentTypeError(f"there is no {name} here") from None
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A fresh machine: environment, data, the three scripts.
 set -euo pipefail
+unset MPLBACKEND # a notebook's; figures go to files
 here=$(cd "$(dirname "$0")" && pwd)
 
 if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
@@ -18,7 +19,10 @@ fi
 
 # One process refuses bad flags and fetches the data, before several would.
 prepare() {
-  PYTHONPATH=$here "$python" - "$@" <<'PYTHON'
+  "$python" - "$here" "$@" <<'PYTHON'
+import sys
+
+sys.path[0] = sys.argv.pop(1)
 import classifier, common, conv_ae, vae
 
 for script in (vae, conv_ae, classifier):
@@ -40,6 +44,6 @@ fi
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=1 WORLD_SIZE=$((cores < 4 ? cores : 4))
 for script in vae conv_ae classifier; do
-  seq 0 $((WORLD_SIZE - 1)) | xargs -P $WORLD_SIZE -I {} \
-    env RANK={} "$python" "$here/$script.py" "$@" || exit 1
+  seq 0 $((WORLD_SIZE - 1)) | xargs -P $WORLD_SIZE -I _RANK_ \
+    env RANK=_RANK_ "$python" "$here/$script.py" "$@" || exit 1
 done

@@ -246,6 +246,16 @@ def test_an_epoch_takes_each_image_once_with_its_label_in_a_new_order(numbered, 
     assert all(torch.equal(order.sort().values, torch.arange(10)) for order in orders)
     assert not torch.equal(*orders)
     assert all(torch.equal(pixels, labels.float()) for pixels, labels in model.seen)
+    other = Tiny()
+    train(tmp_path, numbered, other, epochs=1, seed=1)
+    assert not torch.equal(torch.cat([labels for _, labels in other.seen]), orders[0])
+
+
+def test_the_training_loss_is_the_mean_over_images(numbered, tmp_path):
+    model = Tiny()
+    (row,) = train(tmp_path, numbered, model, epochs=1, lr=0.0)
+    squares = [len(pixels) * pixels.mean().item() ** 2 for pixels, _ in model.seen]
+    assert row["train_loss"] == pytest.approx(sum(squares) / 10)
 
 
 def test_training_is_adamw_at_the_rates_of_the_schedule_and_its_average_is_kept(data, tmp_path):
@@ -406,6 +416,22 @@ def test_a_run_writes_what_the_readme_says(script, studies):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_the_metrics_are_those_of_the_saved_weights_on_their_split(script, studies, data):
+    for folder in (studies / script.__name__).glob("*seed*"):
+        model, metrics = script.load(folder), read_json(folder / "metrics.json")
+        names = {"mse": "loss"} if script is conv_ae else {}
+        for split, recorded in (
+            (data.test, metrics["test"]),
+            (data.val, metrics["validation"][-1]),
+        ):
+            torch.manual_seed(0)
+            losses = model.loss(*split)
+            for name in set(recorded) - {"epoch", "knn_accuracy", "active_dimensions"}:
+                expected = losses[names.get(name, name)].item()
+                assert recorded[name] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_study_writes_a_summary_a_report_and_all_its_figures(script, studies):
     folder = studies / script.__name__
     metrics = read_json(folder / "metrics.json")
@@ -452,8 +478,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     script.main([*again, *STUDIES[script], "--resume"])
     for folder in (studies / script.__name__).glob("*seed*"):
         resumed = tmp_path / "out" / script.__name__ / folder.name
-        assert same(weights(resumed), weights(folder))
-        assert (resumed / "losses.csv").read_bytes() == (folder / "losses.csv").read_bytes()
+        for name in ("losses.csv", "model.pt"):
+            assert (resumed / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -544,6 +570,13 @@ def test_processes_share_a_study_and_the_last_one_sums_up(here, studies, monkeyp
         monkeypatch.setattr(common, "RANK", rank)
         conv_ae.main([*here, *STUDIES[conv_ae]])
     assert summaries == [read_json(studies / "conv_ae/metrics.json")["summary"]]
+
+
+def test_a_run_of_another_config_is_no_part_of_a_summary(studies):
+    folder = studies / "vae" / "seed0"
+    config = vae.Config(**read_json(folder / "metrics.json")["config"])
+    assert len(common.read_runs({folder: config})) == 1
+    assert common.read_runs({folder: replace(config, lr=0.5)}) is None
 
 
 def test_a_file_is_complete_or_absent(tmp_path, monkeypatch):
@@ -668,10 +701,18 @@ def test_latent_samples_have_the_moments_of_the_posterior_and_pass_gradients():
     assert mu.grad.abs().min() > 0 and logvar.grad.abs().max() > 0
 
 
-def test_a_dimension_that_tells_nothing_is_not_in_use(data):
+def test_dimensions_in_use_and_neighbours_are_those_of_mu(data):
     model = random_vae(latent=3)
-    model.mu.weight.data[1] = 0
-    assert vae.evaluate(model, data)["test"]["active_dimensions"] == 2
+    model.mu.weight.data[1] = 0  # a dimension that tells nothing
+    model.logvar.bias.data.fill_(9)  # samples tell nothing, either
+    test = vae.evaluate(model, data)["test"]
+    assert test["active_dimensions"] == 2
+    with torch.no_grad():
+        train_mu, mu = model.encode(data.train.images)[0], model.encode(data.test.images)[0]
+    nearest = torch.cdist(mu, train_mu).argsort(dim=1)[:, :10]
+    predicted = [data.train.labels[row].bincount().argmax() for row in nearest]
+    accuracy = (torch.stack(predicted) == data.test.labels).float().mean().item()
+    assert test["knn_accuracy"] == pytest.approx(accuracy)
 
 
 @pytest.mark.parametrize("latent", [1, 2])
@@ -755,7 +796,10 @@ def test_few_labelled_images_are_repeated_until_an_epoch_has_enough(data):
     config = classifier.Config(labels=20, epoch_images=50)
     split = classifier.labelled(data.train, config)
     assert len(split.labels) == 60
-    assert len(split.images.flatten(1).unique(dim=0)) == 20
+    images = split.images.flatten(1).unique(dim=0)
+    assert len(images) == 20
+    others = classifier.labelled(data.train, replace(config, seed=1)).images.flatten(1)
+    assert not torch.equal(others.unique(dim=0), images)
 
 
 def test_finetune_and_frozen_start_at_the_encoder_of_their_seed_and_frozen_stays(
@@ -788,6 +832,13 @@ def test_a_missing_encoder_is_named_before_anything_is_trained(here, tmp_path):
     message = failure(classifier.main, here)
     assert "latent032-seed0" in message and "conv_ae.py" in message and "--encoder" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_foreign_weights_are_refused_in_one_line(again, studies, tmp_path):
+    message = failure(classifier.main, [*again, "--encoder", str(studies / "vae/seed0")])
+    assert "vae/seed0" in message
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "model.pt")
+    assert "model.pt" in failure(classifier.main, [*again, "--encoder", str(tmp_path)])
 
 
 def test_label_smoothing_dropout_and_augmentation_act_in_training_alone(data):
@@ -843,7 +894,8 @@ def test_differences_to_scratch_are_paired_by_seed_with_their_wins():
     runs = []
     for (strategy, values), seed in itertools.product(accuracies.items(), range(3)):
         config = {"labels": 100, "strategy": strategy, "seed": seed}
-        test, validation = {"accuracy": values[seed]}, [{"epoch": 1, "accuracy": values[seed] / 2}]
+        test = {"accuracy": values[seed]}
+        validation = [{"epoch": 1, "accuracy": values[seed] / 2}, {"epoch": 2, "accuracy": 0.9}]
         runs.append({"config": config, "test": test, "validation": validation})
     scratch, finetune, frozen = classifier.summarize(runs)
     assert finetune["accuracy_minus_scratch_mean"] == pytest.approx(0.1 / 3)
