@@ -26,7 +26,8 @@ sys.path[0] = sys.argv.pop(1)
 import classifier, common, conv_ae, vae
 
 for script in (vae, conv_ae, classifier):
-    parser = common.make_parser("run_all.sh", script.Config)
+    parser = common.make_parser("", script.Config)
+    parser.prog = "run_all.sh"
     args = common.parse_args(parser, script.Config)
 common.load_data(args.data)
 PYTHON
