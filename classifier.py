@@ -202,16 +202,15 @@ def plot_learning_curves(runs, counts):
     groups = common.group(runs, ["labels", "strategy"])
     for axes, labels in zip(panels.flat, counts):
         for strategy, color in STRATEGIES.items():
+            label = strategy  # of the first line alone
             for run in groups[labels, strategy]:
                 epochs = [row["epoch"] for row in run["validation"]]
                 accuracy = [row["accuracy"] for row in run["validation"]]
-                axes.plot(epochs, accuracy, ".-", color=color, linewidth=1)
+                axes.plot(epochs, accuracy, ".-", color=color, linewidth=1, label=label)
+                label = None
         axes.set(xlabel="epoch", ylabel="validation accuracy", title=f"{labels:,} labels")
     for axes in panels.flat[len(counts) :]:
         axes.remove()
-    for strategy, color in STRATEGIES.items():
-        if (counts[0], strategy) in groups:
-            panels.flat[0].plot([], [], color=color, label=strategy)
     panels.flat[0].legend(frameon=False)
     return figure
 

@@ -397,9 +397,7 @@ def share_out(runs):
     if RANK == 0 and (study / "metrics.json").exists():
         advice = f"`git checkout {study}` brings back a committed one"
         print(f"{study} holds a study already, which this one replaces: {advice}", flush=True)
-    for index, (folder, config) in enumerate(runs.items()):
-        if index % WORLD_SIZE == RANK:
-            yield folder, config
+    yield from list(runs.items())[RANK::WORLD_SIZE]
 
 
 def read_runs(runs):
@@ -420,15 +418,11 @@ def read_runs(runs):
 
 def confirm(runs, load, evaluate, data):
     """Evaluates saved weights (--eval). Ends the process where a recorded test metric differs."""
-    saved = {}
-    for folder, config in runs.items():
-        if (folder / "model.pt").exists():
-            saved[folder] = config
+    saved = {folder: runs[folder] for folder in runs if (folder / "model.pt").exists()}
     if not saved:
-        sys.exit(f"there is no {folder / 'model.pt'}: give the flags of the runs, or their --out")
-    for index, (folder, config) in enumerate(saved.items()):
-        if index % WORLD_SIZE != RANK:
-            continue
+        path = next(iter(runs)) / "model.pt"
+        sys.exit(f"there is no {path}: give the flags of the runs, or their --out")
+    for folder, config in list(saved.items())[RANK::WORLD_SIZE]:
         recorded = read(folder / "metrics.json", config)["test"]
         model = load(folder).to(data.test.images.device)
         measured = evaluate(model, data)["test"]
