@@ -168,6 +168,11 @@ def first_val_accuracy(run):
     return run["validation"][0]["accuracy"]
 
 
+def kept_val_accuracy(run):
+    """The validation accuracy of the weights that are kept."""
+    return {row["epoch"]: row["accuracy"] for row in run["validation"]}[run["best_epoch"]]
+
+
 def differences(groups, labels, strategy, measure):
     """`measure` of the runs of a strategy minus that of scratch, one for each seed."""
     if strategy == "scratch":
@@ -241,7 +246,7 @@ def plot_confusion(runs):
     and would you tell them apart at 28x28 pixels?"""
     most = max(run["config"]["labels"] for run in runs)
     candidates = [run for run in runs if run["config"]["labels"] == most]
-    best = max(candidates, key=lambda run: run["validation"][-1]["accuracy"])
+    best = max(candidates, key=kept_val_accuracy)
     counts = torch.tensor(best["confusion"])
     figure, axes = common.new_figure(7, 6.4)
     # The root of the counts, so that rare confusions show.

@@ -359,7 +359,7 @@ def read(path, config):
 def find_difference(saved, config):
     """The first hyperparameter that a saved config has otherwise, as text; None: it is the same.
 
-    One that is newer than the saved config had its default then.
+    One that is newer than the saved config has its default.
     """
     own = vars(config)
     saved = {**vars(type(config)()), **saved}
@@ -392,12 +392,15 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def share_out(runs):
-    """Yields the runs of this process, every WORLD_SIZE-th of {folder: config}."""
+    """Yields the runs of this process, every WORLD_SIZE-th of {folder: config}; ends it without."""
     study = next(iter(runs)).parent
     if RANK == 0 and (study / "metrics.json").exists():
         advice = f"`git checkout {study}` brings back a committed one"
         print(f"{study} holds a study already, which this one replaces: {advice}", flush=True)
-    yield from list(runs.items())[RANK::WORLD_SIZE]
+    own = list(runs.items())[RANK::WORLD_SIZE]
+    if not own:
+        sys.exit(0)
+    yield from own
 
 
 def read_runs(runs):
@@ -463,14 +466,12 @@ def summarize(runs, names):
 
 
 def format_cell(value, std=None):
-    """Four significant digits; with a deviation five decimals at most, and it to the same place."""
-    if not isinstance(value, float):
-        return "" if value is None else str(value)
-    if std is None:
+    if std is not None:
+        decimals = 5 if abs(value) < 1 else 2
+        return f"{value:.{decimals}f} ± {std:.{decimals}f}"
+    if isinstance(value, float):
         return f"{value:.4g}"
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
-    decimals = min(5, max(0, 3 - magnitude))
-    return f"{value:.{decimals}f} ± {std:.{decimals}f}"
+    return "" if value is None else str(value)
 
 
 def format_table(summary, columns):

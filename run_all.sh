@@ -13,7 +13,7 @@ fi
 python=python3
 if ! $python -c "import torch, torchvision, matplotlib.style as s; s.library['petroff10']" 2>/dev/null; then
   python=$here/.venv/bin/python
-  [ -e "$python" ] || python3 -m venv "$here/.venv"
+  python3 -m venv "$here/.venv"
   "$python" -m pip install --quiet -r "$here/requirements.txt"
 fi
 

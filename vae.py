@@ -264,11 +264,11 @@ def save_explorer(path, model, data):
     can't compute the decoder."""
     layers = []
     for layer in model.decoder.children():
-        if not isinstance(layer, (nn.Linear, nn.LeakyReLU, nn.Sigmoid, nn.Unflatten)):
+        if not isinstance(layer, (nn.Linear, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.Unflatten)):
             print(f"no {path}: it can't compute {layer}", flush=True)
             return path.unlink(missing_ok=True)  # that of another decoder
         weights = {name: rounded(value, 5) for name, value in layer.named_parameters()}
-        slope = getattr(layer, "negative_slope", None)
+        slope = getattr(layer, "negative_slope", 0)
         layers.append({"name": type(layer).__name__, "slope": slope, **weights})
     images = common.one_of_each_class(data.test)
     points, _ = model.encode(data.test.images[:2000])
