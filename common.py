@@ -470,7 +470,7 @@ def format_cell(value, std=None):
         decimals = 5 if abs(value) < 1 else 2
         return f"{value:.{decimals}f} ± {std:.{decimals}f}"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:#.4g}"  # with trailing zeros
     return "" if value is None else str(value)
 
 

@@ -135,6 +135,9 @@ def plot_sizes(summary):
         axes.set_xticks(sizes, sizes)
         axes.set_xlabel("latent dimensions")
     errors.set(yscale="log", ylabel="test MSE (pixels in [0, 1])")
+    errors.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    errors.yaxis.set_major_formatter("{x:g}")
+    errors.minorticks_off()
     errors.legend(frameon=False)
     pixels = summary[0]["pixel_knn_accuracy"]
     accuracies.axhline(pixels, linestyle=":", color="black", label="10-NN on the 784 pixels")

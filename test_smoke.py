@@ -604,7 +604,7 @@ def test_a_notebook_keeps_its_settings_of_matplotlib(studies):
         (12.9634, 0.291, "12.96 ± 0.29"),
         (-0.00051, 0.0006, "-0.00051 ± 0.00060"),
         (float("nan"), float("nan"), "nan ± nan"),
-        (0.000001, None, "1e-06"),
+        (0.0461, None, "0.04610"),
         (7, None, "7"),
         ("4 of 5", None, "4 of 5"),
     ],
