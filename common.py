@@ -513,7 +513,8 @@ def save_study(folder, about, runs, summary, columns, figures, args):
 
     table = format_table(summary, columns)
     command = f"python {folder.name}.py {args.command}".strip()
-    seeds = f"Test images; mean ± standard deviation over the seeds, n={summary[0]['n']}."
+    n = summary[0]["n"]
+    seeds = f"Test images, mean ± standard deviation over {n} seeds." if n > 1 else "One seed."
     report = [f"# {folder.name}", about.strip(), f"`{command}`", table, seeds]
     for name, (draw, *arguments) in figures.items():
         save(folder / name, draw(*arguments))
@@ -564,7 +565,7 @@ def image_grid(rows, row_names=(), column_names=()):
 
 def plot_losses(path, best_epoch):
     """The training loss is a mean over the epoch. The validation loss comes after it and is that of
-    the averaged weights, so that it can lie lower. A star marks the epoch that is kept."""
+    the averaged weights, so that it can lie lower. The first epochs lie above the picture."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     train = {int(row["epoch"]): float(row["train_loss"]) for row in rows}

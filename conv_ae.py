@@ -147,8 +147,8 @@ def plot_sizes(summary):
 
 
 def plot_reconstructions(folders, data):
-    """Read a column downwards: first the kind of clothing appears, then its cut and brightness,
-    last what is printed on it."""
+    """Read a column downwards: what is there with 2 dimensions, what comes with 8, and what becomes
+    of a print, of checks, of stripes?"""
     images = data.test.images[PRINTS]
     rows, names = [images], ["test image"]
     for folder in folders:
@@ -161,8 +161,9 @@ def plot_reconstructions(folders, data):
 COLUMNS = ["latent", "mse", "pca_mse", "mse_to_pca", "l1", "knn_accuracy", "pca_knn_accuracy"]
 ABOUT = """
 Convolutional autoencoders with several numbers of latent dimensions, trained on the squared error
-(MSE) of 50,000 images. PCA is the best linear autoencoder with as many dimensions. `knn` is the
-vote of the ten nearest neighbours: how well the latent vectors tell the classes apart.
+(MSE) of 50,000 images. PCA is the best linear autoencoder with as many dimensions; `mse to pca` is
+the ratio of the two errors. `knn`, the vote of the ten nearest neighbours, is how well the latent
+vectors tell the classes apart.
 """
 
 

@@ -180,8 +180,8 @@ def plot_interpolations(model, data):
 
 
 def plot_manifold(model, data):
-    """Decoded points of the two dimensions with the most KL, the others 0. The numbers are standard
-    deviations of the prior."""
+    """Decoded points of the two dimensions with the most KL, in standard deviations of the prior;
+    the others are 0. Where does one piece of clothing become another?"""
     top = mean_kl(model, data.test.images).argsort(descending=True)[:2].tolist()
     values = torch.arange(-2, 2.1, 0.4)
     z = torch.zeros(len(values), len(values), model.mu.out_features)
@@ -203,8 +203,8 @@ def plot_samples(model):
 
 
 def plot_latent_pairs(model, data):
-    """mu of 2,000 test images in each pair of dimensions, those with the most KL first. Which
-    classes lie apart, which among each other?"""
+    """mu of 2,000 test images. The name above a column is its x axis, that right of a row its y
+    axis, with the mean KL. Which classes lie apart, which among each other?"""
     kl = mean_kl(model, data.test.images)
     top = kl.argsort(descending=True)[:8].tolist()
     mu = model.encode(data.test.images[:2000])[0].cpu()
@@ -228,8 +228,8 @@ def plot_latent_pairs(model, data):
 
 
 def animate_walk(model, data, frames=12):
-    """A walk in the latent space, on straight lines from the mean of one class to that of the next.
-    Every picture in the middle is decoded from one point."""
+    """A walk in the latent space, on straight lines from the mean of one class to that of the next:
+    the square shows where. Every picture in the middle is decoded from one point."""
     means = class_means(model, data.train)[TOUR]
     z, angles = [], []
     for stop in range(10):
@@ -275,7 +275,7 @@ def save_explorer(path, model, data):
     content = {
         "layers": layers,
         "kl": rounded(mean_kl(model, data.test.images), 3),
-        "limit": points.abs().quantile(0.999).ceil().item(),
+        "limit": points.abs().quantile(0.99).ceil().item(),
         "points": rounded(points, 2),
         "labels": data.test.labels[:2000].tolist(),
         "names": CLASSES,
@@ -297,9 +297,9 @@ COLUMNS = ["loss", "recon", "pca_l1", "kl", "active_dimensions"]
 COLUMNS += ["knn_accuracy", "pca_knn_accuracy", "pixel_knn_accuracy"]
 ABOUT = """
 A fully connected VAE, trained on 50,000 images. `loss` is `recon`, the mean L1 error of a pixel,
-plus alpha times `kl`, in nats. PCA is the best linear autoencoder with as many dimensions. `knn` is
-the vote of the ten nearest neighbours: how well the latent vectors, or the pixels, tell the classes
-apart. Open [explorer.html](explorer.html) in a browser to decode any point of the latent space.
+plus alpha times `kl`, in nats. PCA is the best linear autoencoder in squared error. In an active
+dimension mu varies with the image. `knn`, the vote of the ten nearest neighbours, is how well
+latent vectors or pixels tell classes apart. [explorer.html](explorer.html) decodes any vector.
 """
 
 
