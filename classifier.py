@@ -232,7 +232,7 @@ def plot_differences(runs, counts, strategies):
         for j, labels in enumerate(counts):
             gains = differences(groups, labels, strategy, test_accuracy)
             bar = common.mean_std("gain", gains)
-            x = j + 0.3 * i
+            x = j + 0.3 * (i - (len(strategies) - 1) / 2)
             axes.plot([x - 0.08] * len(gains), gains, ".", color=color)
             axes.errorbar(x, bar["gain_mean"], bar["gain_std"], fmt="s", color=color, capsize=3)
     axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])

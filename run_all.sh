@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A fresh machine: environment, data, the three scripts.
 set -euo pipefail
-unset MPLBACKEND # a notebook's; figures go to files
+unset MPLBACKEND PYTHONUNBUFFERED # a notebook's backend; unbuffered lines of two processes would mix
 here=$(cd "$(dirname "$0")" && pwd)
 
 if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
