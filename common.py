@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -312,8 +313,9 @@ def save(path, content):
         if path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         elif path.suffix == ".pt":
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            temporary.write_bytes(buffer.getvalue())
         elif path.suffix == ".png":
             content.savefig(temporary, **PNG)
         elif path.suffix == ".gif":
@@ -325,7 +327,7 @@ def save(path, content):
         else:
             temporary.write_bytes(content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+    except OSError as error:
         if temporary.exists():
             temporary.unlink()
         sys.exit(f"{path} can't be written ({error}): make space, or give another folder")
