@@ -263,18 +263,19 @@ def test_training_is_adamw_at_the_rates_of_the_schedule_and_its_average_is_kept(
     model = conv_ae.Autoencoder(conv_ae.Config())
     by_hand = copy.deepcopy(model).train()
     changes = {"epochs": 2, "lr": 0.01, "weight_decay": 0.5, "patience": 0, "ema_decay": 0.2}
-    train(tmp_path, data, model, batch_size=100, **changes)
+    few = common.Split(data.train.images[:40], data.train.labels[:40])
+    train(tmp_path, data._replace(train=few), model, batch_size=20, **changes)
 
     average = {name: value.clone() for name, value in by_hand.state_dict().items()}
     optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.5, fused=True)
     rise, step = 4 / 20, 0  # of 4 steps
     for epoch in (1, 2):
         torch.manual_seed(epoch)
-        for batch in torch.randperm(TRAIN).split(100):
+        for batch in torch.randperm(40).split(20):
             step += 1
             optimizer.param_groups[0]["lr"] = 0.01 * min(step / rise, 1, (5 - step) / (4 - rise))
             optimizer.zero_grad()
-            by_hand.loss(data.train.images[batch], None)["loss"].backward()
+            by_hand.loss(few.images[batch], None)["loss"].backward()
             optimizer.step()
             decay = min(0.2, (1 + step) / (10 + step))
             for name, value in by_hand.state_dict().items():
@@ -718,9 +719,8 @@ def test_dimensions_in_use_and_neighbours_are_those_of_mu(data):
     assert test["knn_accuracy"] == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("latent", [1, 2])
-def test_a_vae_of_any_latent_size_ends_with_its_figures(latent, here, tmp_path):
-    vae.main([*here, "--epochs", "1", "--latent", str(latent)])
+def test_a_vae_with_one_latent_dimension_ends_with_its_figures(here, tmp_path):
+    vae.main([*here, "--epochs", "1", "--latent", "1"])
     assert (tmp_path / "out/vae/README.md").exists()
 
 
