@@ -24,10 +24,11 @@ STRATEGIES = {"scratch": COLORS[0], "finetune": COLORS[2], "frozen": COLORS[1]}
 
 @dataclass(frozen=True)
 class Config:
-    epochs: int = option(16, "epochs at most", low=1)
+    epochs: int = option(12, "epochs at most", low=1)
     batch_size: int = option(128, "images in a training step", low=1)
     lr: float = option(4e-3, "highest learning rate")
     weight_decay: float = option(0.05, "weight decay of AdamW")
+    beta2: float = option(0.99, "share of the mean squared gradient that a step of AdamW keeps")
     ema_decay: float = option(0.998, "share of the averaged weights that a step keeps")
     val_every: int = option(1, "epochs from one validation to the next", low=1)
     patience: int = option(0, "stop after so many epochs without progress; 0: never")
@@ -153,7 +154,7 @@ def labelled(split, config):
 def evaluate(model, data):
     """Test loss and accuracy, and the confusions: a row for each true class."""
     test = common.test_loop(model, data.test)
-    logits = [model(images) for images in data.test.images.split(1000)]
+    logits = [model(images) for images in data.test.images.split(250)]
     predicted = torch.cat(logits).argmax(1)
     counts = torch.bincount(10 * data.test.labels + predicted, minlength=100)
     return {"test": test, "confusion": counts.view(10, 10).tolist()}

@@ -142,7 +142,11 @@ def train_loop(model, data, config, folder, resume=False):
     images, labels = data.train
     steps = math.ceil(len(labels) / config.batch_size)  # in an epoch
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        model.parameters(),
+        lr=config.lr,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     schedule = make_schedule(optimizer, steps * config.epochs)
     ema = copy.deepcopy(model)
@@ -270,9 +274,9 @@ def knn_accuracy(data, encode, k=10):
     """Test accuracy of the k nearest neighbours: each image becomes a vector by `encode`, images
     (B, 1, 28, 28) to (B, D), and the k nearest training images vote on the class of a test image.
     """
-    train = torch.cat([encode(images) for images in data.train.images.split(1000)])
+    train = torch.cat([encode(images) for images in data.train.images.split(500)])
     correct = 0
-    for images, labels in zip(data.test.images.split(1000), data.test.labels.split(1000)):
+    for images, labels in zip(data.test.images.split(500), data.test.labels.split(500)):
         nearest = torch.cdist(encode(images), train).topk(k, largest=False).indices
         votes = data.train.labels[nearest]
         correct += (votes.mode(dim=1).values == labels).sum().item()

@@ -19,12 +19,13 @@ PRINTS = [142, 263, 121, 280, 35, 7, 1, 222, 100, 308]  # test images with somet
 
 @dataclass(frozen=True)
 class Config:
-    epochs: int = option(6, "epochs at most", low=1)
-    batch_size: int = option(64, "images in a training step", low=1)
-    lr: float = option(8e-3, "highest learning rate")
+    epochs: int = option(4, "epochs at most", low=1)
+    batch_size: int = option(32, "images in a training step", low=1)
+    lr: float = option(1e-2, "highest learning rate")
     weight_decay: float = option(0.0, "weight decay of AdamW")
-    ema_decay: float = option(0.998, "share of the averaged weights that a step keeps")
-    val_every: int = option(3, "epochs from one validation to the next", low=1)
+    beta2: float = option(0.99, "share of the mean squared gradient that a step of AdamW keeps")
+    ema_decay: float = option(0.995, "share of the averaged weights that a step keeps")
+    val_every: int = option(2, "epochs from one validation to the next", low=1)
     patience: int = option(0, "stop after so many epochs without progress; 0: never")
     min_delta: float = option(5e-5, "progress: validation loss lower by at least this much")
     seed: int = option(0, "seed of initial weights and batches")
@@ -41,11 +42,11 @@ class Encoder(nn.Sequential):
         # Pooling first leaves a quarter of the work. With the default momentum of 0.1 the
         # statistics of a classifier's short run would lag.
         super().__init__(
-            nn.Conv2d(1, 32, 3, padding=1),
+            nn.Conv2d(1, 16, 3, padding=1),
             nn.MaxPool2d(2),  # to 14x14
-            nn.BatchNorm2d(32, momentum=0.5),
+            nn.BatchNorm2d(16, momentum=0.5),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
+            nn.Conv2d(16, 64, 3, padding=1),
             nn.MaxPool2d(2),  # to 7x7
             nn.BatchNorm2d(64, momentum=0.5),
             nn.ReLU(),
@@ -64,7 +65,9 @@ class Decoder(nn.Module):
     def __init__(self, latent):
         super().__init__()
         self.linear = nn.Linear(latent, 64 * 7 * 7)
-        self.hidden = nn.Sequential(nn.Linear(latent, 128), nn.ReLU(), nn.Linear(128, 64 * 7 * 7))
+        self.hidden = nn.Sequential(
+            nn.Linear(latent, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64 * 7 * 7)
+        )
         self.stages = nn.Sequential(
             nn.ReLU(),
             nn.Unflatten(1, (64, 7, 7)),

@@ -28,6 +28,7 @@ class Config:
     # With less, the weights of pixels that are nearly always black grow at random. An image in
     # which such a pixel is bright then has a KL of thousands of nats.
     weight_decay: float = option(0.03, "weight decay of AdamW")
+    beta2: float = option(0.999, "share of the mean squared gradient that a step of AdamW keeps")
     ema_decay: float = option(0.999, "share of the averaged weights that a step keeps")
     val_every: int = option(5, "epochs from one validation to the next", low=1)
     patience: int = option(25, "stop after so many epochs without progress; 0: never")
