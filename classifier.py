@@ -164,7 +164,7 @@ def test_accuracy(run):
     return run["test"]["accuracy"]
 
 
-def first_val_accuracy(run):
+def early_accuracy(run):
     """The first validation accuracy: with --val-every 1 after the first epoch."""
     return run["validation"][0]["accuracy"]
 
@@ -186,16 +186,16 @@ def summarize(runs):
     """A row for each label count and strategy: the metrics, and what they gain over scratch."""
     summary = common.summarize(runs, ["labels", "strategy"])
     groups = common.group(runs, ["labels", "strategy"])
-    measures = {"accuracy": test_accuracy, "first_val": first_val_accuracy}
+    measures = {"": test_accuracy, "early_": early_accuracy}
     for row in summary:
         labels, strategy = row["labels"], row["strategy"]
-        values = [first_val_accuracy(run) for run in groups[labels, strategy]]
-        row |= common.mean_std("first_val", values)
-        for name, measure in measures.items():
+        values = [early_accuracy(run) for run in groups[labels, strategy]]
+        row |= common.mean_std("early_accuracy", values)
+        for prefix, measure in measures.items():
             gains = differences(groups, labels, strategy, measure)
-            row |= common.mean_std(f"{name}_minus_scratch", gains)
+            row |= common.mean_std(f"{prefix}gain", gains)
             wins = sum(gain > 0 for gain in gains)
-            row[f"{name}_wins"] = f"{wins} of {len(gains)}" if gains else None
+            row[f"{prefix}wins"] = f"{wins} of {len(gains)}" if gains else None
     return summary
 
 
@@ -263,13 +263,14 @@ def plot_confusion(runs):
     return figure
 
 
-COLUMNS = ["labels", "strategy", "first_val", "first_val_minus_scratch", "first_val_wins"]
-COLUMNS += ["accuracy", "accuracy_minus_scratch", "accuracy_wins"]
+COLUMNS = ["labels", "strategy", "early_accuracy", "early_gain", "early_wins"]
+COLUMNS += ["accuracy", "gain", "wins"]
 ABOUT = """
 One convolutional classifier, trained in three ways: from scratch; from the encoder of an
 autoencoder, which saw no label (finetune); and on top of that encoder, kept as it is (frozen).
-`first_val` is the validation accuracy after the first epoch. Differences are paired by seed: both
-runs see the same labelled images in the same order. `wins` counts the seeds ahead of scratch.
+`early accuracy` is that of the validation images after the first epoch, `accuracy` that of the test
+images at the end. `gain` is the difference to scratch with the same seed: both see the same
+labelled images in the same order. `wins` counts the seeds that gain.
 """
 
 

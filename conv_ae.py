@@ -124,8 +124,8 @@ def evaluate(model, data):
 
 
 def plot_sizes(summary):
-    """How fast does the error fall with each doubling, beside PCA's? And from which size on are the
-    classes no easier to tell apart? What further dimensions hold is detail that classes share."""
+    """How fast does the error fall with each doubling, beside PCA's? From which size on are the
+    classes no easier to tell apart?"""
     sizes = [row["latent"] for row in summary]
     figure, (errors, accuracies) = common.new_figure(9, 3.8, columns=2)
     for axes, metric in ((errors, "mse"), (accuracies, "knn_accuracy")):

@@ -901,10 +901,8 @@ def test_differences_to_scratch_are_paired_by_seed_with_their_wins():
         validation = [{"epoch": 1, "accuracy": values[seed] / 2}, {"epoch": 2, "accuracy": 0.9}]
         runs.append({"config": config, "test": test, "validation": validation})
     scratch, finetune, frozen = classifier.summarize(runs)
-    assert finetune["accuracy_minus_scratch_mean"] == pytest.approx(0.1 / 3)
-    assert finetune["accuracy_minus_scratch_std"] == pytest.approx(
-        statistics.stdev([0.1, 0.1, -0.1])
-    )
-    assert finetune["first_val_minus_scratch_mean"] == pytest.approx(0.1 / 6)
-    assert (finetune["accuracy_wins"], frozen["accuracy_wins"]) == ("2 of 3", "0 of 3")
-    assert scratch["accuracy_minus_scratch_mean"] is None
+    assert finetune["gain_mean"] == pytest.approx(0.1 / 3)
+    assert finetune["gain_std"] == pytest.approx(statistics.stdev([0.1, 0.1, -0.1]))
+    assert finetune["early_gain_mean"] == pytest.approx(0.1 / 6)
+    assert (finetune["wins"], frozen["wins"]) == ("2 of 3", "0 of 3")
+    assert scratch["gain_mean"] is None
