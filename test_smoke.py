@@ -6,12 +6,14 @@ import gzip
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import statistics
 import struct
 import subprocess
 import sys
 from dataclasses import fields, make_dataclass, replace
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -906,3 +908,30 @@ def test_differences_to_scratch_are_paired_by_seed_with_their_wins():
     assert finetune["early_gain_mean"] == pytest.approx(0.1 / 6)
     assert (finetune["wins"], frozen["wins"]) == ("2 of 3", "0 of 3")
     assert scratch["gain_mean"] is None
+
+
+# the README's exercises ---------------------------------------------------------------------------
+
+
+def readme_code(part):
+    """The README's block of Python that has `part` in it."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall("```python\n(.*?)```", text, re.S) if part in block]
+    return code
+
+
+def test_the_exercise_with_an_mlp_trains_one(here, monkeypatch, no_report, tmp_path):
+    monkeypatch.setattr(conv_ae, "Encoder", conv_ae.Encoder)  # brings it back
+    exec(readme_code("class Encoder"), vars(conv_ae))
+    classifier.main([*here, *STUDIES[classifier], "--strategies", "scratch"])
+    names = weights(tmp_path / "out/classifier/scratch-labels200-seed0")
+    assert names["encoder.1.weight"].shape == (conv_ae.FEATURES, 784)
+
+
+def test_the_exercise_with_a_study_of_alpha_writes_its_report(here, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["alphas.py", *here, *STUDIES[vae]])
+    exec(readme_code("alphas"), {})
+    summary = read_json(tmp_path / "out/alphas/metrics.json")["summary"]
+    assert [(row["alpha"], row["n"]) for row in summary] == [(0.0, 2), (0.001, 2), (0.01, 2)]
+    assert summary[0]["kl_mean"] > summary[2]["kl_mean"]
+    assert (tmp_path / "out/alphas/README.md").exists()

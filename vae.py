@@ -25,11 +25,10 @@ class Config:
     epochs: int = option(200, "epochs at most", low=1)
     batch_size: int = option(128, "images in a training step", low=1)
     lr: float = option(6e-3, "highest learning rate")
-    # With less, the weights of pixels that are nearly always black grow at random. An image in
-    # which such a pixel is bright then has a KL of thousands of nats.
+    # With less, weights of pixels that are nearly always black wander, and single KLs explode.
     weight_decay: float = option(0.03, "weight decay of AdamW")
-    beta2: float = option(0.999, "share of the mean squared gradient that a step of AdamW keeps")
-    ema_decay: float = option(0.999, "share of the averaged weights that a step keeps")
+    beta2: float = option(0.999, "beta2 of AdamW")
+    ema_decay: float = option(0.999, "decay of the moving average of the weights")
     val_every: int = option(5, "epochs from one validation to the next", low=1)
     patience: int = option(25, "stop after so many epochs without progress; 0: never")
     min_delta: float = option(1e-3, "progress: validation loss lower by at least this much")
@@ -48,7 +47,7 @@ class VAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.register_buffer("steps", torch.tensor(0))  # of training, saved with the weights
+        self.register_buffer("steps", torch.tensor(0))  # for the warm-up; saved with the weights
         self.encoder = nn.Sequential(
             nn.Flatten(),
             nn.Linear(784, 128),
@@ -72,17 +71,17 @@ class VAE(nn.Module):
         for layer in linears:
             nn.init.kaiming_normal_(layer.weight, a=0.01)
             nn.init.zeros_(layer.bias)
-        # The loss falls faster from a grey image for every z: each pixel sigmoid(-2) = 0.12.
+        # The loss falls faster where each pixel starts at sigmoid(-2) = 0.12, whatever z is.
         nn.init.zeros_(linears[-1].weight)
         nn.init.constant_(linears[-1].bias, -2)
 
     def encode(self, images):
-        """mu and logvar, each (B, latent)."""
+        """mu and logvar, each (B, latent). The log of a variance may be any number."""
         h = self.encoder(images)
         return self.mu(h), self.logvar(h)
 
     def reparameterize(self, mu, logvar):
-        """A sample of N(mu, sigma^2) that gradients pass through (section 2.4 of the paper)."""
+        """A sample of N(mu, sigma^2) that gradients pass through (Kingma & Welling, 2.4)."""
         noise = torch.randn(mu.shape).to(mu.device)  # drawn by the CPU: the same on every device
         return mu + torch.exp(0.5 * logvar) * noise
 
@@ -91,7 +90,7 @@ class VAE(nn.Module):
         return self.decoder(z)
 
     def kl(self, mu, logvar):
-        """KL(N(mu, sigma^2) || N(0, 1)) in nats of each dimension, (B, latent). Appendix B."""
+        """KL(N(mu, sigma^2) || N(0, 1)) of each dimension in nats, (B, latent) (appendix B)."""
         return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
     def forward(self, images):
@@ -100,7 +99,7 @@ class VAE(nn.Module):
 
     def loss(self, images, labels):
         """recon + alpha * kl: the L1 loss, a mean over pixels and images, and the KL, a sum over
-        the dimensions and a mean over images. In training alpha starts at zero and rises."""
+        dimensions and a mean over images. In training alpha rises from zero. Labels are unused."""
         reconstruction, mu, logvar = self(images)
         recon = F.l1_loss(reconstruction, images)
         kl = self.kl(mu, logvar).sum(1).mean()
