@@ -24,13 +24,13 @@ STRATEGIES = {"scratch": COLORS[0], "finetune": COLORS[2], "frozen": COLORS[1]}
 
 @dataclass(frozen=True)
 class Config:
-    epochs: int = option(12, "epochs at most", low=1)
+    epochs: int = option(10, "epochs at most", low=1)
     batch_size: int = option(128, "images in a training step", low=1)
     lr: float = option(4e-3, "highest learning rate")
     weight_decay: float = option(0.05, "weight decay of AdamW")
     beta2: float = option(0.99, "beta2 of AdamW")
     ema_decay: float = option(0.998, "decay of the moving average of the weights")
-    val_every: int = option(1, "epochs from one validation to the next", low=1)
+    val_every: int = option(2, "epochs from one validation to the next", low=1)
     patience: int = option(0, "stop after so many epochs without progress; 0: never")
     min_delta: float = option(1e-3, "progress: validation loss lower by at least this much")
     seed: int = option(0, "seed of weights, labelled images and batches")
@@ -165,7 +165,7 @@ def test_accuracy(run):
 
 
 def early_accuracy(run):
-    """The first validation accuracy: with --val-every 1 after the first epoch."""
+    """The first validation accuracy, that after --val-every epochs."""
     return run["validation"][0]["accuracy"]
 
 
@@ -268,9 +268,9 @@ COLUMNS += ["accuracy", "gain", "wins"]
 ABOUT = """
 One convolutional classifier, trained in three ways: from scratch; from the encoder of an
 autoencoder, which saw no label (finetune); and on top of that encoder, kept as it is (frozen).
-`early accuracy` is that of the validation images after the first epoch, `accuracy` that of the test
-images at the end. `gain` is the difference to scratch with the same seed: both see the same
-labelled images in the same order. `wins` counts the seeds that gain.
+`early accuracy` is that of the first validation, `accuracy` that of the test images at the end.
+`gain` is the difference to scratch with the same seed: both see the same labelled images in the
+same order. `wins` counts the seeds that gain.
 """
 
 

@@ -14,18 +14,19 @@ import common
 from common import GRAY, option
 
 FEATURES = 128 * 5 * 5  # of an image, from the encoder
+LEAK = 0.1  # slope of LeakyReLU: with 0 much of what a large latent space could hold is lost
 PRINTS = [142, 263, 121, 280, 35, 7, 1, 222, 100, 308]  # test images with something printed on
 
 
 @dataclass(frozen=True)
 class Config:
-    epochs: int = option(4, "epochs at most", low=1)
+    epochs: int = option(5, "epochs at most", low=1)
     batch_size: int = option(32, "images in a training step", low=1)
-    lr: float = option(1e-2, "highest learning rate")
+    lr: float = option(8e-3, "highest learning rate")
     weight_decay: float = option(0.0, "weight decay of AdamW")
     beta2: float = option(0.99, "beta2 of AdamW")
     ema_decay: float = option(0.995, "decay of the moving average of the weights")
-    val_every: int = option(2, "epochs from one validation to the next", low=1)
+    val_every: int = option(5, "epochs from one validation to the next", low=1)
     patience: int = option(0, "stop after so many epochs without progress; 0: never")
     min_delta: float = option(5e-5, "progress: validation loss lower by at least this much")
     seed: int = option(0, "seed of initial weights and batches")
@@ -45,14 +46,14 @@ class Encoder(nn.Sequential):
             nn.Conv2d(1, 16, 3, padding=1),
             nn.MaxPool2d(2),  # to 14x14
             nn.BatchNorm2d(16, momentum=0.5),
-            nn.ReLU(),
+            nn.LeakyReLU(LEAK),
             nn.Conv2d(16, 64, 3, padding=1),
             nn.MaxPool2d(2),  # to 7x7
             nn.BatchNorm2d(64, momentum=0.5),
-            nn.ReLU(),
+            nn.LeakyReLU(LEAK),
             nn.Conv2d(64, 128, 3),  # to 5x5
             nn.BatchNorm2d(128, momentum=0.5),
-            nn.ReLU(),
+            nn.LeakyReLU(LEAK),
             nn.Flatten(),
         )
 
@@ -66,14 +67,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.linear = nn.Linear(latent, 64 * 7 * 7)
         self.hidden = nn.Sequential(
-            nn.Linear(latent, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 64 * 7 * 7)
+            nn.Linear(latent, 128),
+            nn.BatchNorm1d(128),
+            nn.LeakyReLU(LEAK),
+            nn.Linear(128, 64 * 7 * 7),
         )
         self.stages = nn.Sequential(
-            nn.ReLU(),
+            nn.LeakyReLU(LEAK),
             nn.Unflatten(1, (64, 7, 7)),
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),  # to 14x14
             nn.BatchNorm2d(32),
-            nn.ReLU(),
+            nn.LeakyReLU(LEAK),
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # to 28x28
             nn.Sigmoid(),
         )

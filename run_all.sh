@@ -43,8 +43,19 @@ fi
 
 # Processes of one thread share out the runs: two of them get more done than one with two threads.
 cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=1 WORLD_SIZE=$((cores < 4 ? cores : 4))
-for script in vae conv_ae classifier; do
-  seq 0 $((WORLD_SIZE - 1)) | xargs -P $WORLD_SIZE -I _RANK_ \
-    env RANK=_RANK_ "$python" "$here/$script.py" "$@" || exit 1
+export python here OMP_NUM_THREADS=1 WORLD_SIZE=$((cores < 4 ? cores : 4))
+
+# vae.py may have fewer runs than there are processes: one without goes on to conv_ae.py, where the
+# ranks are turned round, so that it has more to do there.
+train() { # RANK SCRIPTS FLAG ...
+  rank=$1
+  for script in $2; do
+    RANK=$rank "$python" "$here/$script.py" "${@:3}" || exit 1
+    rank=$((WORLD_SIZE - 1 - rank))
+  done
+}
+export -f train
+for scripts in "vae conv_ae" classifier; do
+  seq 0 $((WORLD_SIZE - 1)) |
+    xargs -P $WORLD_SIZE -I _RANK_ bash -c 'train "$@"' bash _RANK_ "$scripts" "$@" || exit 1
 done

@@ -34,7 +34,7 @@ SHORT = ["--epochs", "2", "--batch-size", "50", "--seeds", "2"]
 STUDIES = {
     vae: [*SHORT, "--val-every", "2", "--latent", "4"],
     conv_ae: [*SHORT, "--latents", "3", "32"],
-    classifier: [*SHORT, "--labels", "200", "--epoch-images", "40"],
+    classifier: [*SHORT, "--val-every", "1", "--labels", "200", "--epoch-images", "40"],
 }
 
 
