@@ -264,12 +264,21 @@ def test_training_is_adamw_at_the_rates_of_the_schedule_and_its_average_is_kept(
     torch.manual_seed(0)
     model = conv_ae.Autoencoder(conv_ae.Config())
     by_hand = copy.deepcopy(model).train()
-    changes = {"epochs": 2, "lr": 0.01, "weight_decay": 0.5, "patience": 0, "ema_decay": 0.2}
+    changes = {
+        "epochs": 2,
+        "lr": 0.01,
+        "weight_decay": 0.5,
+        "patience": 0,
+        "ema_decay": 0.2,
+        "beta2": 0.5,
+    }
     few = common.Split(data.train.images[:40], data.train.labels[:40])
     train(tmp_path, data._replace(train=few), model, batch_size=20, **changes)
 
     average = {name: value.clone() for name, value in by_hand.state_dict().items()}
-    optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.5, fused=True)
+    optimizer = torch.optim.AdamW(
+        by_hand.parameters(), betas=(0.9, 0.5), weight_decay=0.5, fused=True
+    )
     rise, step = 4 / 20, 0  # of 4 steps
     for epoch in (1, 2):
         torch.manual_seed(epoch)
