@@ -54,8 +54,11 @@ class Encoder(nn.Sequential):
             nn.Conv2d(64, 128, 3),  # to 5x5
             nn.BatchNorm2d(128, momentum=0.5),
             nn.LeakyReLU(LEAK),
-            nn.Flatten(),
         )
+
+    def forward(self, images):
+        # The channel comes last, as in memory: flattening copies nothing.
+        return super().forward(images).permute(0, 2, 3, 1).flatten(1)
 
 
 class Decoder(nn.Module):
