@@ -217,7 +217,8 @@ def plot_learning_curves(runs, counts):
         axes.set(xlabel="epoch", ylabel="validation accuracy", title=f"{labels:,} labels")
     for axes in panels.flat[len(counts) :]:
         axes.remove()
-    panels.flat[0].legend(frameon=False)
+    lines = panels.flat[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
